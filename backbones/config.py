@@ -1,0 +1,147 @@
+"""Run configs: one flat YAML file a run, checked against a schema, overridable by dotted keys; no torch here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from backbones.errors import InputError, unknown
+from backbones.preprocess import ClassifierPreprocess
+from backbones.schema import Section
+
+
+class ImageData(Section):
+    """Where the images and their classes are; `imagenet.py` says how each layout is recognised."""
+
+    root: str | None = None
+    train_split: str = "train"
+    split: str = "val"
+    ground_truth: str | None = None  # for a flat folder of images
+    label_ids: Literal["auto", "index", "ilsvrc2012"] = "auto"  # what integers in it mean
+    batch_size: int = Field(default=64, ge=1)
+    workers: int = Field(default=2, ge=0)
+
+
+class ClassifierTraining(Section):
+    """SGD with Nesterov momentum, linear warm-up, cosine decay to zero, label smoothing."""
+
+    epochs: int = Field(default=90, ge=1)
+    lr: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    min_scale: float = Field(default=0.35, gt=0, le=1)  # smallest share of the area a random crop keeps
+    horizontal_flip: float = Field(default=0.5, ge=0, le=1)
+    color_jitter: float = Field(default=0.2, ge=0, le=1)
+
+
+class ClassifierConfig(Section):
+    """A run of `python -m backbones {train,eval}`."""
+
+    model: str
+    num_classes: int = Field(default=1000, ge=1)
+    weights: str | None = None  # a path, a URL, or `timm`; null leaves random weights
+    ignore_head: bool = False  # leave out a head of another size when loading weights
+    data: ImageData = ImageData()
+    preprocess: ClassifierPreprocess
+    train: ClassifierTraining = ClassifierTraining()
+    seed: int = 0
+    device: str = "auto"
+    amp: bool = False
+    resume: bool = False  # go on from the output folder's last.pt
+    output: str = "runs/classifier"
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def load_config(schema: type[Schema], path: str | Path, overrides: Sequence[str] = ()) -> Schema:
+    """Read a YAML file, apply `a.b=value` overrides and check the result against `schema`.
+
+    Raises:
+        InputError: no such file, no YAML mapping, an override without `=`, or keys and values that
+            the schema refuses; a misspelt key is named together with the nearest valid one.
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"override {override!r} has no '='; write key=value, such as data.root=/data")
+        _set(values, key.strip(), _parse(text, override))
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(schema, detail) for detail in error.errors())
+        raise InputError(f"{path}: {problems}") from None
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"cannot read config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).replace("\n", " ")
+        raise InputError(f"{path} is not valid YAML: {reason}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a mapping of keys to values")
+    return values
+
+
+def _parse(text: str, override: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"the value of override {override!r} is not valid YAML; quote it") from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; a number in it indexes a list."""
+    *parents, last = key.split(".")
+    node: Any = values
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_index(node, parent, key)]
+        else:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+        if not isinstance(node, dict | list):
+            raise InputError(f"override {key!r}: {parent!r} is a plain value and has no keys below it")
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise InputError(f"override {key!r}: {text!r} is no index of a list of {len(items)}")
+    return int(text)
+
+
+def _explain(schema: type[BaseModel], detail: ErrorDetails) -> str:
+    """One validation error in one line."""
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        fields = _fields_at(schema, detail["loc"][:-1])
+        return str(unknown("key", where, (".".join([*where.split(".")[:-1], field]) for field in fields)))
+    if detail["type"] == "missing":
+        return f"{where} is missing: give it in the file or as {where}=…"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{where}={detail['input']!r}: {message}" if where else message
+
+
+def _fields_at(schema: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
+    """The field names of the section at `loc`."""
+    section: Any = schema
+    for part in loc:
+        if isinstance(part, str):
+            section = section.model_fields[part].annotation
+        args = [a for a in getattr(section, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+        section = args[0] if args else section
+    return list(section.model_fields)

@@ -1,0 +1,180 @@
+"""Encoded image to the pixels a model sees: the one path that training's evaluation, the artefacts, the
+endpoints and batch jobs share. Pillow decodes and resizes; no torch here.
+
+Shapes: h, w an image's size; H, W a canvas's; N images in a batch. Pixels are uint8 RGB.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from backbones.errors import InputError
+from backbones.schema import Section
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; ImageNet's and COCO's largest are below 62 million
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
+
+Pixels = npt.NDArray[np.uint8]
+Interpolation = Literal["bilinear", "bicubic"]
+Triple = tuple[float, float, float]
+
+
+class ImageError(InputError):
+    """Bytes that are no image, a broken image, or one that is too large."""
+
+
+class ClassifierPreprocess(Section):
+    """An ImageNet evaluation protocol: resize the short side, crop the centre, normalise.
+
+    `resize` and `crop` are in pixels; `mean` and `std` are of RGB in [0, 1].
+    """
+
+    resize: int = Field(ge=1)
+    crop: int = Field(ge=1)
+    interpolation: Interpolation = "bicubic"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        if self.crop > self.resize:
+            raise ValueError(f"crop {self.crop} is larger than resize {self.resize}; make it at most that")
+        return self
+
+    def __str__(self) -> str:
+        return f"resize {self.resize} {self.interpolation}, centre crop {self.crop}"
+
+
+class DetectorPreprocess(Section):
+    """Resize to a short side of `min_size` unless the long side would pass `max_size`, then pad the
+    canvas with zeros (after normalisation) to a multiple of `divisor`. Pixels.
+    """
+
+    min_size: int = Field(ge=1)
+    max_size: int = Field(ge=1)
+    divisor: int = Field(default=128, ge=32)  # 128, the stride of P7, makes anchors exact on every level
+    interpolation: Interpolation = "bilinear"
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.min_size > self.max_size:
+            raise ValueError(f"min_size {self.min_size} is larger than max_size {self.max_size}")
+        if self.divisor % 32:
+            raise ValueError(f"divisor {self.divisor} is no multiple of 32, the backbones' stride")
+        return self
+
+    def __str__(self) -> str:
+        return f"short side {self.min_size}, long side at most {self.max_size} {self.interpolation}"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An image resized for a detector."""
+
+    pixels: Pixels  # [h, w, 3]
+    original: tuple[int, int]  # height, width before
+
+    def to_original(self, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Boxes [K, 4] as x1, y1, x2, y2 of the resized image, in pixels of the original one."""
+        (h, w), (oh, ow) = self.pixels.shape[:2], self.original
+        scale = np.array([ow / w, oh / h, ow / w, oh / h], dtype=np.float32)
+        limit = np.array([ow, oh, ow, oh], dtype=np.float32)
+        return np.minimum(boxes * scale, limit)
+
+
+def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An encoded image, or the path of one, as an upright RGB picture.
+
+    Grayscale, palette, CMYK and 16-bit images are converted; EXIF rotation is applied; the size is
+    checked in the header, before any pixel is decoded.
+
+    Raises:
+        ImageError: no image, a truncated or broken one, or more than `max_pixels`.
+    """
+    name = "image" if isinstance(source, bytes) else str(source)
+    if source == b"":
+        raise ImageError("image is empty: send the bytes of a JPEG or PNG file")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width}x{image.height}"
+                raise ImageError(f"{name} has {size} pixels, over the limit of {max_pixels}: make it smaller")
+            upright: Image.Image = ImageOps.exif_transpose(image)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} has more pixels than the limit of {max_pixels}: make it smaller") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name} does not exist") from None
+    except Exception as error:  # decoders raise anything on hostile bytes; each means a bad image
+        reason = "no image format that is read here" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ImageError(f"{name} cannot be decoded ({reason}): send a whole JPEG or PNG file") from None
+    if upright.mode.startswith("I"):  # 16 bits a sample: keep the upper eight
+        return Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return upright.convert("RGB")
+
+
+def classifier_pixels(image: Image.Image, spec: ClassifierPreprocess) -> Pixels:
+    """An upright RGB picture as pixels [crop, crop, 3]; torchvision's `Resize` and `CenterCrop` on Pillow.
+
+    Raises:
+        ImageError: so long and thin that its short side cannot be resized within `MAX_PIXELS`.
+    """
+    w, h = image.size
+    short = min(w, h)
+    size = (spec.resize * w // short, spec.resize * h // short)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ImageError(f"image of {w}x{h} pixels is too long and thin to resize: crop it first")
+    resized = image.resize(size, _filter(spec.interpolation))
+    left = round((size[0] - spec.crop) / 2)
+    top = round((size[1] - spec.crop) / 2)
+    return np.asarray(resized.crop((left, top, left + spec.crop, top + spec.crop)))
+
+
+def detector_pixels(image: Image.Image, spec: DetectorPreprocess) -> Fitted:
+    """An upright RGB picture resized for a detector."""
+    w, h = image.size
+    size = fitted_size(h, w, spec)
+    resized = image.resize((size[1], size[0]), _filter(spec.interpolation))
+    return Fitted(np.asarray(resized), original=(h, w))
+
+
+def fitted_size(h: int, w: int, spec: DetectorPreprocess) -> tuple[int, int]:
+    """The height and width that an image of h x w gets; neither side vanishes."""
+    scale = min(spec.min_size / min(h, w), spec.max_size / max(h, w))
+    return max(1, round(h * scale)), max(1, round(w * scale))
+
+
+def canvas_size(pixels: Pixels, divisor: int) -> tuple[int, int]:
+    """Height and width of the canvas that an image alone would get."""
+    h, w = pixels.shape[:2]
+    return -(-h // divisor) * divisor, -(-w // divisor) * divisor
+
+
+def stack(images: Sequence[Pixels], divisor: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
+    """Images [h, w, 3] padded at the right and bottom onto one canvas [N, H, W, 3], and sizes [N, 2] (h, w).
+
+    A picture's detections depend on its canvas, so only images of one `canvas_size` belong together.
+    """
+    canvases = [canvas_size(image, divisor) for image in images]
+    assert len(set(canvases)) == 1, f"images of several canvases in one batch: {canvases}"
+    batch = np.zeros((len(images), *canvases[0], 3), dtype=np.uint8)
+    for slot, image in zip(batch, images, strict=True):
+        slot[: image.shape[0], : image.shape[1]] = image
+    return batch, np.array([image.shape[:2] for image in images], dtype=np.int64)
+
+
+def _filter(interpolation: Interpolation) -> Image.Resampling:
+    return Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR

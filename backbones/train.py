@@ -1,0 +1,90 @@
+"""The work of `python -m backbones train`: from an image folder to weights, with a checkpoint an epoch."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from backbones.augment import TrainAugment
+from backbones.checkpoint import load_checkpoint, pick_device, save_checkpoint, seed_everything
+from backbones.config import ClassifierConfig
+from backbones.cspnet import create_model
+from backbones.engine import evaluate, train_one_epoch, warmup_cosine
+from backbones.errors import InputError
+from backbones.files import write_json
+from backbones.imagenet import ImageNet, create_loader, list_samples
+from backbones.weights import save_weights
+
+
+def run_train(config: ClassifierConfig) -> dict[str, Any]:
+    """Train, evaluate after each epoch, and return the best epoch's figures and the history.
+
+    Writes to `config.output`: `last.pt` to resume from, `best.safetensors` by top-1, `history.json`.
+
+    Raises:
+        InputError: no data, a loss that is not finite, or nothing to resume from.
+    """
+    seed_everything(config.seed)
+    device, train = pick_device(config.device), config.train
+    samples, classes = list_samples(config.data, config.data.train_split, config.num_classes)
+    held_out, val_classes = list_samples(config.data, config.data.split, config.num_classes)
+    if val_classes != classes:
+        raise InputError(f"{config.data.root}: the class folders of the training and validation splits differ")
+    augment = TrainAugment(
+        config.preprocess.crop, train.min_scale, train.horizontal_flip, train.color_jitter, config.seed
+    )
+    training_set = ImageNet(samples, config.preprocess, augment)
+    val_loader = create_loader(ImageNet(held_out, config.preprocess), config.data.batch_size, config.data.workers)
+
+    model = create_model(config.model, config.num_classes, config.weights, ignore_head=config.ignore_head).to(device)
+    optimizer = _optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
+    output = Path(config.output)
+    history: list[dict[str, float]] = []
+    if config.resume:
+        history = load_checkpoint(output / "last.pt", model, optimizer, scaler)["history"]
+
+    for epoch in range(len(history), train.epochs):
+        augment.epoch = epoch
+        loader = create_loader(
+            training_set, config.data.batch_size, config.data.workers, shuffle_seed=config.seed + epoch
+        )
+        steps, done = train.epochs * len(loader), epoch * len(loader)
+        warmup = round(train.warmup_epochs * len(loader))
+        figures = train_one_epoch(
+            model, loader, optimizer, scaler, config.preprocess,
+            lambda step, done=done: train.lr * warmup_cosine(done + step, steps, warmup),  # type: ignore[misc]
+            label_smoothing=train.label_smoothing, amp=config.amp, title=f"epoch {epoch + 1}/{train.epochs}",
+        )  # fmt: skip
+        result = evaluate(model, val_loader, config.preprocess, classes)
+        history.append({"epoch": epoch + 1} | figures | {"top1": result["top1"], "top5": result["top5"]})
+        print(
+            f"epoch {epoch + 1}/{train.epochs}: loss {figures['loss']:.3f}, "
+            f"top-1 {100 * result['top1']:.2f}, top-5 {100 * result['top5']:.2f}"
+        )
+        if result["top1"] >= max(entry["top1"] for entry in history):
+            save_weights(output / "best.safetensors", model, _metadata(config, model.name, classes))
+        save_checkpoint(output / "last.pt", model, optimizer, scaler, {"history": history})
+        write_json(output / "history.json", history)
+    best = max(history, key=lambda entry: entry["top1"])
+    return {"best": best, "history": history, "weights": str(output / "best.safetensors")}
+
+
+def _optimizer(model: nn.Module, config: ClassifierConfig) -> torch.optim.SGD:
+    """SGD; biases and BatchNorm's parameters are not decayed."""
+    plain = [p for p in model.parameters() if p.ndim > 1]
+    scales = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": plain, "weight_decay": config.train.weight_decay}, {"params": scales, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=config.train.lr, momentum=config.train.momentum, nesterov=True)
+
+
+def _metadata(config: ClassifierConfig, name: str, classes: list[str]) -> dict[str, Any]:
+    return {
+        "task": "classification",
+        "model": name,
+        "num_classes": config.num_classes,
+        "classes": classes,
+        "preprocess": config.preprocess.model_dump(),
+        "config": config.model_dump(mode="json"),
+    }

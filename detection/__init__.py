@@ -1,0 +1,1 @@
+"""CSP networks under torchvision's FPN detectors: train, evaluate on COCO. Start at `models.py`."""

@@ -1,0 +1,85 @@
+"""The loops over a detector: one epoch of training, one evaluation. Plain functions that return plain data."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from backbones.errors import InputError
+from backbones.preprocess import Fitted, canvas_size
+from detection.coco import to_image
+from detection.coco_eval import to_results
+from detection.models import Detector
+
+
+def train_one_epoch(
+    model: Detector,
+    loader: DataLoader[Any],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    lr: Callable[[int], float],
+    *,
+    clip_grad_norm: float,
+    amp: bool,
+    title: str,
+) -> dict[str, float]:
+    """One pass over `loader`; `lr` maps a step of this epoch to its learning rate. Returns each loss's mean.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    sums: dict[str, float] = defaultdict(float)
+    progress = tqdm(loader, desc=title, leave=False, unit="batch")
+    for step, (images, targets) in enumerate(progress):
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step)
+        with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
+            losses = model(
+                [image.to(device, non_blocking=True) for image in images],
+                [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets],
+            )
+            loss = sum(losses.values(), torch.zeros((), device=device))
+        value = loss.item()
+        if not math.isfinite(value):
+            parts = ", ".join(f"{name} {part.item():.3g}" for name, part in losses.items())
+            raise InputError(f"{title}: the loss is {value} at step {step} ({parts}): lower train.lr")
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        for name, part in {"loss": loss, **losses}.items():
+            sums[name] += part.item()
+        progress.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}")
+    return {name: total / len(loader) for name, total in sums.items()}
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Detector, loader: DataLoader[Any], category_ids: Sequence[int], title: str = "evaluating"
+) -> list[dict[str, Any]]:
+    """Detections of every image in COCO's results format. Images of one canvas run together, since a picture's
+    detections depend on its canvas.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    divisor = int(model.transform.size_divisible)
+    results = []
+    for image_ids, batch in tqdm(loader, desc=title, leave=False, unit="batch"):
+        canvases: dict[tuple[int, int], list[tuple[int, Fitted]]] = defaultdict(list)
+        for image_id, fitted in zip(image_ids, batch, strict=True):
+            canvases[canvas_size(fitted.pixels, divisor)].append((image_id, fitted))
+        for members in canvases.values():
+            outputs = model([to_image(fitted.pixels).to(device) for _, fitted in members])
+            for (image_id, fitted), output in zip(members, outputs, strict=True):
+                boxes = fitted.to_original(output["boxes"].float().cpu().numpy())
+                categories = [category_ids[label - 1] for label in output["labels"].tolist()]
+                results += to_results(image_id, boxes, output["scores"].float().cpu().numpy(), categories)
+    return results

@@ -1,0 +1,245 @@
+"""Ray Serve's deployments: a thin shell round `predictor.py`; no torch here.
+
+One application a model, whose replicas decode and run, so that a body crosses one process; and a small one
+in front at `/`, which knows all of them. `serve.py` starts them on this machine.
+"""
+
+import asyncio
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from PIL import Image
+from ray import serve
+from ray.serve.config import BackpressureConfig
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from backbones.errors import InputError
+from serving.artifact import ClassifierArtifact, DetectorArtifact
+from serving.batching import BatchQueue
+from serving.config import ServedModel, ServingConfig
+from serving.predictor import create_predictor
+from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, read_image, read_parameter, respond, tensors
+from serving.runtime import OnnxModel, Provider
+from serving.schemas import classify_answer, detect_answer
+
+FRONT = "_front"  # no model's name, which starts with a letter or digit
+DEFAULT_TOP_K = 5
+PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
+STATUS_TIMEOUT_S = 10.0
+ENDPOINTS = {"classification": "classify", "detection": "detect"}
+
+
+def route_prefix(name: str) -> str:
+    """Where a model's application lies."""
+    return f"/v2/models/{name}"
+
+
+class ModelReplica:
+    """One artefact behind HTTP. Its constructor runs the batch sizes that it will serve, so ready means warm."""
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self,
+        name: str,
+        artifact: str,
+        provider: Provider,
+        threads: int | None,
+        max_batch_size: int,
+        timeout_s: float,
+        max_body_bytes: int,
+    ) -> None:
+        self.name, self.timeout_s, self.max_body_bytes = name, timeout_s, max_body_bytes
+        self.model = OnnxModel(artifact, provider, threads)
+        self.predictor: Any = create_predictor(self.model)
+        self.endpoint = ENDPOINTS[self.model.metadata.task]
+        self.decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+        self.probe = self.predictor.prepare(_blank_image())
+        for size in {1, max_batch_size}:
+            self.predictor.predict([self.probe] * size)
+        self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size)
+        await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too
+        self.batches_seen = self.batches.batches
+
+    async def __call__(self, request: Request) -> Response:
+        return await respond(self._answer, request, self.timeout_s)
+
+    async def check_health(self) -> None:
+        """Images that were answered since the last check prove as much as a probe behind them in the queue."""
+        if self.batches.batches == self.batches_seen:
+            await asyncio.wait_for(self.batches.submit(self.probe), PROBE_TIMEOUT_S)
+        self.batches_seen = self.batches.batches
+
+    async def _answer(self, request: Request) -> Any:
+        action = request.url.path.removeprefix(route_prefix(self.name)).strip("/")
+        if not action:
+            allow(request, "GET", "HEAD")
+            return self._describe()
+        if action not in ENDPOINTS.values():
+            raise Refusal(404, f"no {action!r} here: GET {route_prefix(self.name)}, or POST …/{self.endpoint} an image")
+        allow(request, "POST")
+        if action != self.endpoint:
+            task, path = self.model.metadata.task, f"{route_prefix(self.name)}/{self.endpoint}"
+            raise Refusal(400, f"{self.name!r} is a model for {task}: POST to {path}")
+        return await self._infer(request)
+
+    async def _infer(self, request: Request) -> Any:
+        metadata = self.model.metadata
+        if isinstance(metadata, ClassifierArtifact):
+            top_k = read_parameter(request, "top_k", int, 1, 1e9) or DEFAULT_TOP_K
+            return classify_answer(metadata, await self._run(request), top_k)
+        # Below the artefact's own threshold there is nothing to return.
+        threshold = read_parameter(request, "score_threshold", float, metadata.score_threshold, 1)
+        return detect_answer(metadata, await self._run(request), threshold)
+
+    async def _run(self, request: Request) -> Any:
+        body = await read_image(request, self.max_body_bytes)
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self.decoders, self.predictor.prepare, body)
+        return await self.batches.submit(prepared)
+
+    def _describe(self) -> dict[str, Any]:
+        metadata = self.model.metadata
+        return {
+            "name": self.name,
+            "versions": ["1"],
+            "platform": "onnxruntime_onnx",
+            "inputs": tensors(self.model.inputs),
+            "outputs": tensors(self.model.outputs),
+            "parameters": {
+                "task": metadata.task,
+                "endpoint": f"{route_prefix(self.name)}/{self.endpoint}",
+                "model": metadata.model,
+                "provider": self.model.provider,
+                "preprocess": str(metadata.preprocess),
+                "classes": metadata.classes,
+                "score_threshold": metadata.score_threshold if isinstance(metadata, DetectorArtifact) else None,
+                "max_body_bytes": self.max_body_bytes,
+                "metadata": metadata.model_dump(mode="json"),
+            },
+        }
+
+
+class Front:
+    """What is said about the whole service. `tasks` by model name."""
+
+    def __init__(self, tasks: dict[str, str]):
+        self.tasks = tasks
+
+    async def __call__(self, request: Request) -> Response:
+        return await respond(self._answer, request, STATUS_TIMEOUT_S)
+
+    async def _answer(self, request: Request) -> Any:
+        path = request.url.path.rstrip("/")
+        if path == "/v2":
+            allow(request, "GET", "HEAD")
+            return {"name": "cspnet", "version": version("cspnet"), "extensions": ["model_repository"]}
+        if path == "/v2/health/live":
+            allow(request, "GET", "HEAD")
+            return {"live": True}
+        if path == "/v2/health/ready":
+            allow(request, "GET", "HEAD")
+            waiting = [model["name"] for model in await self._index() if model["state"] != "READY"]
+            if waiting:
+                raise Refusal(503, f"not ready: {', '.join(waiting)}", {"Retry-After": str(RETRY_AFTER_S)})
+            return {"ready": True}
+        if path == "/v2/repository/index":
+            allow(request, "POST")
+            return await self._index()
+        if path.startswith("/v2/models/"):
+            name = path.split("/")[3]
+            raise Refusal(404, f"no model {name!r} here: there are {', '.join(sorted(self.tasks))}")
+        raise Refusal(404, f"nothing at {request.url.path}: see GET /v2, /v2/health/ready, POST /v2/repository/index")
+
+    async def _index(self) -> list[dict[str, str]]:
+        applications = (await asyncio.to_thread(serve.status)).applications
+        states = {name: str(application.status.value) for name, application in applications.items()}
+        return [
+            {
+                "name": name,
+                "version": "1",
+                "state": "READY" if states.get(name) == "RUNNING" else "UNAVAILABLE",
+                "reason": "" if states.get(name) == "RUNNING" else states.get(name, "NOT_STARTED"),
+                "task": task,
+            }
+            for name, task in self.tasks.items()
+        ]
+
+
+@dataclass(frozen=True)
+class ServedApplication:
+    """A Ray Serve application, its name and the prefix of its paths."""
+
+    name: str
+    prefix: str
+    application: serve.Application
+
+
+def build(config: ServingConfig) -> list[ServedApplication]:
+    """The applications of a service, the one in front last. Artefacts are opened here to learn their tasks.
+
+    Raises:
+        InputError: an artefact is missing or broken.
+    """
+    tasks = {model.name: check_artifact(model) for model in config.models}
+    applications = [
+        ServedApplication(model.name, route_prefix(model.name), _model_application(model, config.max_body_bytes))
+        for model in config.models
+    ]
+    front = serve.deployment(Front).options(
+        name="front",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=64,
+        max_queued_requests=256,
+        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
+    )
+    return [*applications, ServedApplication(FRONT, "/", front.bind(tasks))]
+
+
+def check_artifact(model: ServedModel) -> str:
+    """An artefact's task, if onnxruntime can load it; on the CPU, wherever it will run.
+
+    Raises:
+        InputError: it is missing or broken.
+    """
+    try:
+        return OnnxModel(model.artifact, "cpu", threads=1).metadata.task
+    except InputError as error:
+        raise InputError(f"model {model.name!r}: {error}") from None
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray puts round every HTTP server of the service; `serve.py` names it to Ray."""
+    return [Middleware(JsonErrors)]
+
+
+def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:
+    deployment = serve.deployment(ModelReplica).options(
+        name=model.name,
+        num_replicas=model.replicas,
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        max_ongoing_requests=model.max_ongoing_requests,
+        max_queued_requests=model.max_queued_requests,
+        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
+        max_constructor_retry_count=1,  # a bad artefact stays bad
+    )
+    return deployment.bind(
+        name=model.name,
+        artifact=model.artifact,
+        provider=model.provider,
+        threads=model.threads,
+        max_batch_size=model.max_batch_size,
+        timeout_s=model.timeout_s,
+        max_body_bytes=max_body_bytes,
+    )
+
+
+def _blank_image() -> bytes:
+    """A gray picture, the least that goes the whole way."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 48), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()

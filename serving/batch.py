@@ -1,0 +1,322 @@
+"""Many images through one artefact on Ray Data, into one Parquet file; no torch here.
+
+One row an image, in the order of the input. `read_results` gives back what the predictor gave, to the bit.
+"""
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from backbones.errors import InputError
+from backbones.files import IMAGE_SUFFIXES, list_images, write_aside
+from backbones.preprocess import ImageError
+from serving.artifact import KEY, Artifact, from_metadata, to_metadata
+from serving.predictor import Classification, Detections, Predictor, create_predictor
+from serving.ray_start import start_ray
+from serving.runtime import OnnxModel, Provider
+
+TOP_K = 5  # classes that a classifier's row keeps
+BATCHES_A_TASK = 8  # at most: enough to hide Ray's cost of a task, few enough for the progress bar to move
+ROWS_A_GROUP = 4096  # of the Parquet file, and held in memory until then
+
+SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),  # below the input folder; else as it was given
+        pa.field("status", pa.string(), nullable=False),  # "ok" or "error"
+        ("error", pa.string()),
+        ("height", pa.int32()),  # height and width of the upright original: detections only
+        ("width", pa.int32()),
+        ("labels", pa.list_(pa.string())),
+        ("indices", pa.list_(pa.int64())),  # into the artefact's classes
+        ("scores", pa.list_(pa.float32())),
+        ("boxes", pa.list_(pa.list_(pa.float32()))),  # [K, 4] x1, y1, x2, y2 in the original: detections only
+    ]
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """An image to read: its name in the results and where it is."""
+
+    name: str
+    source: bytes  # an absolute path as the operating system has it, which need not be UTF-8
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one image: a result, or the error in its place. A classification holds the best `TOP_K`."""
+
+    path: str
+    result: Classification | Detections | None
+    error: str | None = None
+
+    @property
+    def status(self) -> str:
+        return "ok" if self.error is None else "error"
+
+
+def run_batch(
+    model: str | Path,
+    input: str | Path,
+    output: str | Path,
+    *,
+    batch_size: int = 8,
+    actors: int = 1,
+    num_gpus: float = 0,
+    provider: Provider = "auto",
+) -> dict[str, Any]:
+    """Predict every image of `input` (a folder, an image, or a `.txt` of paths) and write `output`.
+
+    A file that cannot be decoded becomes a row with its error. `num_gpus` is of each actor; `auto` is CUDA if
+    it is over 0. Ray is started if need be and then shut down; a Ray that runs already is left running.
+
+    Raises:
+        InputError: no images, no artefact, an output that cannot be written, or GPUs that cannot be had.
+    """
+    start = time.perf_counter()
+    if (provider == "cuda" and num_gpus == 0) or (provider == "cpu" and num_gpus > 0):
+        raise InputError(f"provider {provider} does not go with num_gpus={num_gpus}: CUDA needs a share of a GPU")
+    if min(batch_size, actors) < 1 or num_gpus < 0:
+        raise InputError(f"batch_size={batch_size}, actors={actors}, num_gpus={num_gpus}: give at least 1, 1 and 0")
+    files = list_files(Path(input))
+    artifact = OnnxModel(model, "cpu", threads=1).metadata
+    if Path(output).is_dir():
+        raise InputError(f"output {output} is a folder: name a file in it, such as {Path(output) / 'results.parquet'}")
+    tables = (
+        pa.table({"name": [file.name for file in part], "source": [file.source for file in part]})
+        for part in _parts(files, batch_size * _batches_a_task(len(files), batch_size, actors))
+    )
+    with write_aside(output) as aside, tqdm(total=len(files), desc="batch", unit="image") as bar, _ray():
+        worker = {
+            "path": str(Path(model).absolute()),
+            "provider": "cuda" if num_gpus else "cpu",
+            "batch_size": batch_size,
+        }
+        results = _stream(list(tables), worker, actors, num_gpus)
+        with contextlib.closing(results):
+            errors = _write(results, aside, artifact, bar)
+        assert bar.n == len(files), f"{len(files)} images went in and {bar.n} came out"
+    seconds = time.perf_counter() - start
+    return {
+        "images": len(files),
+        "errors": errors,
+        "seconds": seconds,
+        "images_per_s": len(files) / seconds,
+        "output": str(output),
+    }
+
+
+def list_files(source: Path) -> list[File]:
+    """The images of a folder tree (sorted), of a text file with one path a line, or the one image.
+
+    Raises:
+        InputError: nothing there, or neither of these.
+    """
+    if source.is_dir():
+        files = [_file(path.relative_to(source).as_posix(), path) for path in list_images(source)]
+        problem = f"no images ({', '.join(IMAGE_SUFFIXES)}) below {source}: is it the right folder?"
+    elif not source.is_file():
+        raise InputError(f"no input at {source}: give a folder of images, an image, or a .txt file of paths")
+    elif source.suffix.lower() == ".txt":
+        try:
+            lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {source} ({error}): give a text file in UTF-8, one path a line") from None
+        files = [_file(line, source.parent / line) for line in lines if line]
+        problem = f"{source} lists no images: write one path a line, relative to its folder"
+    elif source.suffix.lower() in IMAGE_SUFFIXES:
+        files = [_file(str(source), source)]
+    else:
+        raise InputError(f"{source} is no image ({', '.join(IMAGE_SUFFIXES)}) and no .txt file of paths: give either")
+    if not files:
+        raise InputError(problem)
+    return files
+
+
+def _file(name: str, path: Path) -> File:
+    return File(_text(name), os.fsencode(path.absolute()))
+
+
+def _text(name: str) -> str:
+    """A file name without the surrogates that stand for bytes that are no UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _batches_a_task(images: int, batch_size: int, actors: int) -> int:
+    """Several tasks for each actor, so that none waits long for the last one."""
+    return max(1, min(BATCHES_A_TASK, images // (batch_size * actors * 4)))
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def predict_files(
+    predictor: Predictor, files: Sequence[File], batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[list[Row]]:
+    """Rows in the order of `files`, a batch at a time; while one batch runs, `pool` decodes the next."""
+    ahead: deque[tuple[Sequence[File], list[Future[Any]]]] = deque()
+    for part in _parts(files, batch_size):
+        ahead.append((part, [pool.submit(predictor.prepare, os.fsdecode(file.source)) for file in part]))
+        if len(ahead) == 2:
+            yield _predict(predictor, *ahead.popleft())
+    while ahead:
+        yield _predict(predictor, *ahead.popleft())
+
+
+def _predict(predictor: Predictor, files: Sequence[File], prepared: Sequence[Future[Any]]) -> list[Row]:
+    errors: dict[int, str] = {}
+    good = {}
+    for i, future in enumerate(prepared):
+        try:
+            good[i] = future.result()
+        except ImageError as error:
+            errors[i] = _text(str(error))
+    results = dict(zip(good, predictor.predict(list(good.values())), strict=True)) if good else {}
+    return [Row(file.name, results.get(i), errors.get(i)) for i, file in enumerate(files)]
+
+
+class BatchWorker:
+    """A predictor in a Ray actor: a table of files in, tables of `SCHEMA` out."""
+
+    def __init__(self, path: str, provider: Provider, batch_size: int, threads: int):
+        cores = len(os.sched_getaffinity(0))
+        threads = min(threads, cores)
+        self.predictor = create_predictor(OnnxModel(path, provider, threads))
+        self.batch_size = batch_size
+        self.pool = ThreadPoolExecutor(threads if provider == "cpu" else cores, thread_name_prefix="decode")
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        files = [File(**record) for record in table.to_pylist()]
+        for rows in predict_files(self.predictor, files, self.batch_size, self.pool):
+            yield to_table(rows, self.predictor.metadata)
+
+
+def to_table(rows: Iterable[Row], artifact: Artifact) -> pa.Table:
+    """Rows as a table of `SCHEMA`; floats are exact."""
+    return pa.Table.from_pylist([_record(row, artifact) for row in rows], schema=SCHEMA)
+
+
+def _record(row: Row, artifact: Artifact) -> dict[str, Any]:
+    record: dict[str, Any] = {"path": row.path, "status": row.status, "error": row.error}
+    if row.result is None:
+        return record
+    if isinstance(row.result, Detections):
+        indices, scores = row.result.indices, row.result.scores
+        record |= {"height": row.result.size[0], "width": row.result.size[1], "boxes": row.result.boxes.tolist()}
+    else:
+        indices, scores = row.result.indices[:TOP_K], row.result.probabilities[:TOP_K]
+    labels = [artifact.classes[i] for i in indices]
+    return record | {"labels": labels, "indices": indices.tolist(), "scores": scores.tolist()}
+
+
+def read_results(path: str | Path) -> tuple[Artifact, list[Row]]:
+    """What `run_batch` wrote: what the artefact says about itself, and a row an image.
+
+    Raises:
+        InputError: no such file, or none that `run_batch` wrote.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no results at {path}: make them with `python -m serving batch`")
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is no Parquet file ({reason}): make it with `python -m serving batch`") from None
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    if KEY not in metadata or not table.schema.equals(SCHEMA):
+        raise InputError(f"{path} holds no results of this project: make it with `python -m serving batch`")
+    return from_metadata(metadata, path), [_row(record) for record in table.to_pylist()]
+
+
+def _row(record: dict[str, Any]) -> Row:
+    if record["status"] == "error":
+        return Row(record["path"], None, record["error"])
+    indices = np.array(record["indices"], dtype=np.int64)
+    scores = np.array(record["scores"], dtype=np.float32)
+    if record["boxes"] is None:
+        return Row(record["path"], Classification(indices, scores))
+    boxes = np.array(record["boxes"], dtype=np.float32).reshape(-1, 4)
+    return Row(record["path"], Detections(boxes, scores, indices, (record["height"], record["width"])))
+
+
+def _write(tables: Iterable[pa.Table], path: Path, artifact: Artifact, bar: "tqdm[Any]") -> int:
+    """Write the tables as they come; how many rows hold an error."""
+    errors = 0
+    waiting: list[pa.Table] = []
+    schema = SCHEMA.with_metadata(to_metadata(artifact))
+    with pq.ParquetWriter(path, schema) as writer:
+        for table in tables:
+            waiting.append(table.select(SCHEMA.names).cast(schema))
+            if sum(map(len, waiting)) >= ROWS_A_GROUP:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+            errors += table["error"].length() - table["error"].null_count
+            bar.set_postfix(errors=errors, refresh=False)
+            bar.update(len(table))
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+    return errors
+
+
+@contextlib.contextmanager
+def _ray() -> Iterator[None]:
+    """Ray, started here unless it runs already, and shut down only if started here."""
+    started = start_ray()
+    import ray
+
+    try:
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _stream(tables: list[pa.Table], worker: dict[str, Any], actors: int, num_gpus: float) -> Iterator[pa.Table]:
+    """The tables of files through a pool of actors, in order; Ray Data's backpressure bounds what waits."""
+    import ray.data
+    from ray.exceptions import RayError
+
+    total = ray.cluster_resources()
+    free = ray.available_resources()
+    if num_gpus * actors > free.get("GPU", 0):
+        raise InputError(
+            f"{actors} actors with num_gpus={num_gpus} each, but Ray has {free.get('GPU', 0):g} GPUs free of "
+            f"{total.get('GPU', 0):g}: ask for less"
+        )
+    files = ray.data.from_arrow(tables)
+    files.context.enable_progress_bars = False
+    files.context.print_on_execution_start = False
+    files.context.execution_options.preserve_order = True
+    results = files.map_batches(
+        BatchWorker,
+        fn_constructor_kwargs=worker | {"threads": max(1, int(total["CPU"]) // actors)},
+        batch_size=max(map(len, tables)),
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        # What others, such as Serve's replicas, leave over: asking for more would wait for ever.
+        num_cpus=min(1.0, free.get("CPU", 0.0) / actors),
+        num_gpus=num_gpus,
+    )
+    try:
+        yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
+    except RayError as error:
+        raise _user_error(error) or error from None
+
+
+def _user_error(error: BaseException | None) -> InputError | None:
+    """The user's mistake that a worker found, if that is what Ray wrapped."""
+    while error is not None and not isinstance(error, InputError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error

@@ -1,0 +1,40 @@
+"""The config of a service; no torch here."""
+
+from pydantic import Field, field_validator
+
+from backbones.schema import Section
+from serving.runtime import Provider
+
+
+class ServedModel(Section):
+    """One artefact and the replicas that serve it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # the model's name in URLs
+    artifact: str
+    replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1, gt=0)
+    num_gpus: float = Field(default=0, ge=0)  # of each replica; a fraction shares a GPU
+    provider: Provider = "auto"
+    threads: int | None = Field(default=None, ge=1)  # of onnxruntime; null is one a core
+    max_batch_size: int = Field(default=8, ge=1)
+    max_ongoing_requests: int = Field(default=64, ge=1)  # at least the batch size, or batches never fill
+    max_queued_requests: int = Field(default=256, ge=1)  # beyond these a client gets 503 at once
+    timeout_s: float = Field(default=30, gt=0)
+
+
+class ServingConfig(Section):
+    """A run of `python -m serving run`."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)  # 0 picks a free one
+    max_body_bytes: int = Field(default=20_000_000, ge=1)
+    models: tuple[ServedModel, ...] = Field(min_length=1)
+
+    @field_validator("models")
+    @classmethod
+    def _names_differ(cls, models: tuple[ServedModel, ...]) -> tuple[ServedModel, ...]:
+        names = [model.name for model in models]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"two models are named {twice.pop()!r}: give each its own name")
+        return models

@@ -1,0 +1,109 @@
+"""Encoded images to results: the one path that endpoints, batch jobs and evaluation share; no Ray, no torch here.
+
+Shapes: K detections of an image, C classes, k the best of them.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backbones.metrics import rank
+from backbones.preprocess import Fitted, Pixels, canvas_size, classifier_pixels, decode, detector_pixels, stack
+from serving.artifact import ClassifierArtifact, DetectorArtifact
+from serving.runtime import OnnxModel
+
+
+@dataclass(frozen=True)
+class Classification:
+    """An image's classes, best first: `indices` int64 [C], `probabilities` float32 [C]."""
+
+    indices: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """An image's detections, best first: `boxes` float32 [K, 4] as x1, y1, x2, y2 in pixels of the upright
+    original, `scores` float32 [K], `indices` int64 [K] into the artefact's classes; `size` is (height, width).
+    """
+
+    boxes: npt.NDArray[np.float32]
+    scores: npt.NDArray[np.float32]
+    indices: npt.NDArray[np.int64]
+    size: tuple[int, int]
+
+
+class Classifier:
+    """Images through a classifier's artefact."""
+
+    def __init__(self, model: OnnxModel, metadata: ClassifierArtifact):
+        self.model, self.metadata = model, metadata
+
+    def prepare(self, image: bytes | str | Path) -> Pixels:
+        """Decode, resize and crop one image, given encoded or as a path.
+
+        Raises:
+            ImageError: it cannot be decoded.
+        """
+        return classifier_pixels(decode(image), self.metadata.preprocess)
+
+    def predict(self, prepared: Sequence[Pixels]) -> list[Classification]:
+        """Results in the order of the images that `prepare` gave."""
+        outputs = self.model.run(images=np.stack(prepared))
+        indices = rank(outputs["logits"], len(self.metadata.classes))
+        probabilities = np.take_along_axis(outputs["probabilities"], indices, axis=1)
+        return [Classification(i, p) for i, p in zip(indices, probabilities, strict=True)]
+
+
+class Detector:
+    """Images through a detector's artefact. What an image gets does not depend on its batch."""
+
+    def __init__(self, model: OnnxModel, metadata: DetectorArtifact):
+        self.model, self.metadata = model, metadata
+
+    def prepare(self, image: bytes | str | Path) -> Fitted:
+        """Decode and resize one image, given encoded or as a path.
+
+        Raises:
+            ImageError: it cannot be decoded.
+        """
+        return detector_pixels(decode(image), self.metadata.preprocess)
+
+    def predict(self, prepared: Sequence[Fitted]) -> list[Detections]:
+        """Results in the order of the images that `prepare` gave; images of one canvas run together."""
+        divisor = self.metadata.preprocess.divisor
+        canvases: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, item in enumerate(prepared):
+            canvases[canvas_size(item.pixels, divisor)].append(i)
+        results: dict[int, Detections] = {}
+        for members in canvases.values():
+            images, sizes = stack([prepared[i].pixels for i in members], divisor)
+            outputs = self.model.run(images=images, sizes=sizes)
+            for row, i in enumerate(members):
+                results[i] = _detections(outputs, row, prepared[i])
+        return [results[i] for i in range(len(prepared))]
+
+
+def _detections(outputs: dict[str, npt.NDArray[Any]], row: int, item: Fitted) -> Detections:
+    k = int(outputs["num_detections"][row])
+    return Detections(
+        boxes=item.to_original(outputs["boxes"][row, :k]),
+        scores=outputs["scores"][row, :k],
+        indices=outputs["labels"][row, :k] - 1,  # label 0 is the background
+        size=item.original,
+    )
+
+
+Predictor = Classifier | Detector
+
+
+def create_predictor(model: OnnxModel) -> Predictor:
+    """The predictor for an artefact's task."""
+    if isinstance(model.metadata, ClassifierArtifact):
+        return Classifier(model, model.metadata)
+    return Detector(model, model.metadata)

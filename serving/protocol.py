@@ -1,0 +1,148 @@
+"""HTTP as the endpoints speak it: image bodies in, JSON out, `{"error": …}` for all that fails; no Ray, no torch here."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from backbones.errors import unknown
+from backbones.preprocess import ImageError
+
+RETRY_AFTER_S = 1
+_DATATYPES = {
+    "tensor(uint8)": "UINT8",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+}
+_RAY_SAYS = {  # Ray's own refusals, in words that help a client
+    408: "no answer within the time limit: try again, send less at once, or raise timeout_s in the config",
+    503: "overloaded, the queue is full: try again after the seconds in Retry-After",
+}
+
+
+class Refusal(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
+
+    def response(self) -> JSONResponse:
+        return JSONResponse({"error": self.message}, self.status, self.headers)
+
+
+async def respond(handler: Callable[[Request], Awaitable[Any]], request: Request, timeout_s: float) -> Response:
+    """What `handler` returns, as JSON; what it raises, as the status that fits."""
+    try:
+        return JSONResponse(await asyncio.wait_for(handler(request), timeout_s))
+    except Refusal as refusal:
+        return refusal.response()
+    except ImageError as error:
+        return Refusal(422, str(error)).response()
+    except asyncio.TimeoutError:
+        return Refusal(408, f"no answer within {timeout_s:g} s: {_RAY_SAYS[408].partition(': ')[2]}").response()
+    except ClientDisconnect:
+        return Refusal(400, "the body ended early").response()  # to nobody
+    except Exception:
+        logging.getLogger("ray.serve").exception("%s %s failed", request.method, request.url.path)
+        return Refusal(500, "internal error: the server's log has its traceback").response()
+
+
+def allow(request: Request, *methods: str) -> None:
+    """Refuse any other method."""
+    if request.method not in methods:
+        names = ", ".join(methods)
+        raise Refusal(405, f"{request.method} is not for {request.url.path}: use {names}", {"Allow": names})
+
+
+async def read_image(request: Request, limit: int) -> bytes:
+    """The whole body, given up as soon as it is known to pass `limit` bytes."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.lower().startswith("multipart/"):
+        raise Refusal(415, f"{content_type.partition(';')[0]} is not read here: send the image itself as the body")
+    too_large = Refusal(413, f"the body is over {limit} bytes: send a smaller image, or raise max_body_bytes")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise too_large
+    if not body:
+        raise Refusal(400, "the body is empty: send the bytes of a JPEG or PNG file")
+    return bytes(body)
+
+
+def read_parameter(request: Request, name: str, kind: Callable[[str], Any], low: float, high: float) -> Any:
+    """The query's only parameter, a number within [low, high]; None if it is not given."""
+    for key in request.query_params:
+        if key != name:
+            raise Refusal(400, str(unknown("parameter", key, [name])))
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        what = "an integer" if kind is int else "a number"
+        raise Refusal(400, f"{name}={text!r} is not {what} from {low:g} to {high:g}")
+    return value
+
+
+def tensors(values: Mapping[str, tuple[str, list[Any]]]) -> list[dict[str, Any]]:
+    """onnxruntime's inputs or outputs as the Open Inference Protocol spells them; -1 is any size."""
+    return [
+        {"name": name, "datatype": _DATATYPES[kind], "shape": [d if isinstance(d, int) else -1 for d in shape]}
+        for name, (kind, shape) in values.items()
+    ]
+
+
+class JsonErrors:
+    """ASGI middleware: Ray answers overload, timeouts and crashes in plain text; say them as JSON too."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message | None = None
+        text = b""
+
+        async def send_json(message: Message) -> None:
+            nonlocal start, text
+            if message["type"] == "http.response.start" and _is_plain_error(message):
+                start = message
+            elif start is None:
+                await send(message)
+            else:
+                text += message.get("body", b"")
+                if not message.get("more_body", False):
+                    await _send_error(start, text.decode(errors="replace"), send)
+
+        await self.app(scope, receive, send_json if scope["type"] == "http" else send)
+
+
+def _is_plain_error(start: Message) -> bool:
+    kinds = [value for name, value in start["headers"] if name.lower() == b"content-type"]
+    return start["status"] >= 400 and not any(kind.startswith(b"application/json") for kind in kinds)
+
+
+async def _send_error(start: Message, text: str, send: Send) -> None:
+    status = start["status"]
+    body = json.dumps({"error": _RAY_SAYS.get(status, text)}).encode()
+    kept = [(k, v) for k, v in start["headers"] if k.lower() not in (b"content-type", b"content-length")]
+    if status == 503 and not any(k.lower() == b"retry-after" for k, _ in kept):
+        kept.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    headers = [*kept, (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({**start, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

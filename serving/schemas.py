@@ -1,0 +1,59 @@
+"""What the endpoints answer, as JSON; no torch here."""
+
+from typing import TypedDict
+
+from serving.artifact import Artifact, DetectorArtifact
+from serving.predictor import Classification, Detections
+
+
+class ClassScore(TypedDict):
+    label: str
+    index: int
+    score: float
+
+
+class ClassifyAnswer(TypedDict):
+    """The best classes, best first; `score` is the probability."""
+
+    model: str
+    predictions: list[ClassScore]
+
+
+class Box(TypedDict):
+    label: str
+    category_id: int
+    score: float
+    box: list[float]
+
+
+class DetectAnswer(TypedDict):
+    """Detections, best first; `box` is x1, y1, x2, y2 in pixels of the upright original of `width` x `height`."""
+
+    model: str
+    width: int
+    height: int
+    detections: list[Box]
+
+
+def classify_answer(artifact: Artifact, result: Classification, top_k: int = 5) -> ClassifyAnswer:
+    """Floats are exact: a float32's value as JSON reads back as the same float32."""
+    best = zip(result.indices[:top_k].tolist(), result.probabilities[:top_k].tolist(), strict=True)
+    predictions: list[ClassScore] = [{"label": artifact.classes[i], "index": i, "score": p} for i, p in best]
+    return {"model": artifact.model, "predictions": predictions}
+
+
+def detect_answer(
+    artifact: DetectorArtifact, result: Detections, score_threshold: float | None = None
+) -> DetectAnswer:
+    """Floats are exact: a float32's value as JSON reads back as the same float32.
+
+    Args:
+        score_threshold: leave out what scores less; None keeps all that the artefact returned.
+    """
+    rows = zip(result.indices.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True)
+    detections: list[Box] = [
+        {"label": artifact.classes[i], "category_id": artifact.category_ids[i], "score": score, "box": box}
+        for i, score, box in rows
+        if score_threshold is None or score >= score_threshold
+    ]
+    return {"model": artifact.model, "height": result.size[0], "width": result.size[1], "detections": detections}

@@ -1,0 +1,294 @@
+"""BatchedDetector finds what torchvision finds, alone or in a batch, in PyTorch and in ONNX.
+
+Canvases are multiples of 128, as in serving: the stride of P7 divides them.
+"""
+
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn.functional import interpolate
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from detection.batched import BatchedDetector
+from detection.onnx_ops import REJECTED, nms_keep, translation_table
+
+CHANNELS = 64
+NUM_CLASSES = 6
+FAMILIES = ["retinanet", "fcos", "fasterrcnn"]
+
+
+class TinyBackbone(nn.Module):
+    """Four convolutions of stride 4, 8, 16, 32 and an FPN: P2-P6, or P3-P7 for one stage."""
+
+    def __init__(self, one_stage: bool) -> None:
+        super().__init__()
+        strides = (4, 2, 2, 2)
+        inputs = (3, CHANNELS, CHANNELS, CHANNELS)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(c, CHANNELS, 3 if s == 2 else 7, s, 1 if s == 2 else 3), nn.ReLU()
+            )
+            for c, s in zip(inputs, strides, strict=True)
+        )
+        self.first = 1 if one_stage else 0
+        extra = LastLevelP6P7(CHANNELS, CHANNELS) if one_stage else LastLevelMaxPool()
+        self.fpn = FeaturePyramidNetwork([CHANNELS] * (4 - self.first), CHANNELS, extra)
+        self.out_channels = CHANNELS
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        maps = OrderedDict()
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i >= self.first:
+                maps[str(i - self.first)] = x
+        return self.fpn(maps)
+
+
+def build(family: str, **settings: float) -> nn.Module:
+    """A small detector whose random weights make detections abound, in boxes like its anchors."""
+    torch.manual_seed(0)
+    backbone = TinyBackbone(one_stage=family != "fasterrcnn")
+    model: nn.Module
+    if family == "fasterrcnn":
+        settings = {"rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 150} | settings
+        model = FasterRCNN(backbone, NUM_CLASSES, size_divisible=128, **settings)
+    elif family == "fcos":
+        settings = {"topk_candidates": 200, "score_thresh": 0.3} | settings
+        model = FCOS(backbone, NUM_CLASSES, size_divisible=128, **settings)
+    else:
+        settings = {"topk_candidates": 200, "score_thresh": 0.3} | settings
+        sizes = tuple(
+            (x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128, 256)
+        )
+        anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
+        model = RetinaNet(
+            backbone, NUM_CLASSES, anchor_generator=anchors, size_divisible=128, **settings
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+            if "bbox" in name and family != "fcos":
+                module.weight.data *= 0.2
+            if "cls" in name:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                module.weight.data *= 1.0 if family == "fcos" else 0.3  # saturated scores tie
+    # torchvision's _skip_resize counts in training only; here images come resized in both modes.
+    model.transform.resize = lambda image, target: (image, target)  # type: ignore
+    return model.eval()
+
+
+def batch(*sizes: tuple[int, int], canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Images of blots in the corner of a canvas; the rest of it is filled, and must not matter."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.full((len(sizes), *canvas, 3), 99, dtype=torch.uint8)
+    for image, (h, w) in zip(images, sizes, strict=True):
+        blots = torch.rand(1, 3, 16, 16, generator=generator) * 255
+        image[:h, :w] = interpolate(blots, (h, w), mode="bilinear")[0].permute(1, 2, 0).byte()
+    return images, torch.tensor(sizes)
+
+
+MIXED = batch((100, 230), (128, 256), (77, 140), canvas=(128, 256))
+ALONE = batch((100, 230), canvas=(128, 256))
+PORTRAIT = batch((250, 100), (256, 128), (60, 90), canvas=(256, 128))
+SQUARE = batch((300, 384), (384, 200), canvas=(384, 384))
+SMALLEST = batch((128, 100), canvas=(128, 128))
+
+
+def detect(detector: nn.Module, images: Tensor, sizes: Tensor) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [x.numpy() for x in detector(images, sizes)]
+
+
+def detect_torchvision(model: nn.Module, images: Tensor, sizes: Tensor) -> list[list[np.ndarray]]:
+    """Boxes, scores and labels of each image."""
+    crops = [
+        x[:h, :w].permute(2, 0, 1).float() / 255 for x, (h, w) in zip(images, sizes, strict=True)
+    ]
+    with torch.no_grad():
+        found = model(crops)
+    return [[x[key].numpy() for key in ("boxes", "scores", "labels")] for x in found]
+
+
+def assert_same(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+    """Boxes, scores and labels of one image: the same set, where near-ties may change places."""
+    close = (
+        (np.abs(found[0][:, None] - expected[0]).max(-1) < 1e-2)
+        & (np.abs(found[1][:, None] - expected[1]) < 1e-4)
+        & (found[2][:, None] == expected[2])
+    )
+    assert len(found[1]) == len(expected[1])
+    assert close.any(0).all() and close.any(1).all()
+
+
+def unpad(outputs: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Boxes, scores and labels of each image, after a look at their order and padding."""
+    boxes, scores, labels, counts = outputs
+    assert (boxes.dtype, scores.dtype) == (np.float32, np.float32)
+    assert (labels.dtype, counts.dtype) == (np.int64, np.int64)
+    for i, n in enumerate(counts):
+        assert (np.diff(scores[i]) <= 0).all()
+        assert not boxes[i, n:].any() and not scores[i, n:].any() and not labels[i, n:].any()
+    return [[x[i, :n] for x in (boxes, scores, labels)] for i, n in enumerate(counts)]
+
+
+@pytest.mark.parametrize("inputs", [ALONE, MIXED, PORTRAIT], ids=["alone", "mixed", "portrait"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_detections_as_torchvision(family: str, inputs: tuple[Tensor, Tensor]) -> None:
+    model = build(family)
+    found = unpad(detect(BatchedDetector(model), *inputs))
+    for ours, theirs in zip(found, detect_torchvision(model, *inputs), strict=True):
+        assert len(theirs[1]) > 20
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_levels_with_fewer_anchors_than_top_k(family: str) -> None:
+    """Every level has fewer, and all of them together have fewer than are to be returned."""
+    settings = {"topk_candidates": 5000, "detections_per_img": 9000, "score_thresh": 0.5}
+    if family == "fasterrcnn":
+        settings = {
+            "rpn_pre_nms_top_n_test": 5000,
+            "rpn_post_nms_top_n_test": 6000,
+            "box_score_thresh": 0.5,
+        }
+    model = build(family, **settings)
+    (ours,) = unpad(detect(BatchedDetector(model), *SMALLEST))
+    (theirs,) = detect_torchvision(model, *SMALLEST)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("retinanet", {"score_thresh": 1.0}),
+        ("fcos", {"score_thresh": 1.0}),
+        ("fasterrcnn", {"box_score_thresh": 1.0}),
+        ("fasterrcnn", {"rpn_score_thresh": 1.1}),
+    ],
+)
+def test_nothing_found(family: str, settings: dict[str, float]) -> None:
+    outputs = detect(BatchedDetector(build(family, **settings)), *MIXED)
+    assert outputs[0].shape == (3, 300 if family == "retinanet" else 100, 4)
+    assert not any(x.any() for x in outputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_alone_and_in_a_batch(family: str) -> None:
+    """PyTorch's CPU convolutions depend on the batch size in their last bits, so nearly equal."""
+    detector = BatchedDetector(build(family))
+    together = detect(detector, *MIXED)
+    for i in range(3):
+        alone = detect(detector, *(x[i : i + 1] for x in MIXED))
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_allclose(a[0], b[i], rtol=1e-5, atol=1e-4)
+
+
+def test_the_model_is_left_alone() -> None:
+    model = build("fasterrcnn").train()
+    detector = BatchedDetector(model)
+    assert all(x.training for x in model.modules())
+    assert all(x.requires_grad for x in model.parameters())
+    assert model.roi_heads.box_roi_pool.scales is None  # type: ignore[union-attr]
+    before = detect(detector, *ALONE)
+    with torch.no_grad():
+        for x in model.parameters():
+            x.zero_()
+    for a, b in zip(detect(detector, *ALONE), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_other_detectors_are_refused() -> None:
+    with pytest.raises(ValueError, match="MaskRCNN.*supported are.*FasterRCNN"):
+        BatchedDetector(MaskRCNN(TinyBackbone(one_stage=False), NUM_CLASSES))
+
+
+def export(module: nn.Module, args: tuple, path: Path, **settings: object) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.onnx.export(
+            module.eval(),
+            args,
+            path,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            custom_translation_table=translation_table(),
+            **settings,  # type: ignore[arg-type]
+        )
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 2
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(
+    scope="module",
+    params=["fcos", "fasterrcnn", pytest.param("retinanet", marks=pytest.mark.slow)],
+)
+def exported(request, tmp_path_factory) -> tuple[nn.Module, Path]:
+    detector = BatchedDetector(build(request.param))
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export(
+        detector,
+        batch((256, 384), (200, 300), canvas=(256, 384)),
+        path,
+        input_names=["images", "sizes"],
+        output_names=["boxes", "scores", "labels", "num_detections"],
+        dynamic_shapes={
+            "images": {0: Dim("N"), 1: Dim("H"), 2: Dim("W")},
+            "sizes": {0: Dim.AUTO},
+        },
+    )
+    return detector, path
+
+
+def test_onnx_equals_eager(exported: tuple[nn.Module, Path]) -> None:
+    """One file for any number of images on any canvas, where an image's batch changes no bit."""
+    detector, path = exported
+    onnx.checker.check_model(path, full_check=True)
+    onnx_session = session(path)
+
+    def run(images: Tensor, sizes: Tensor) -> list[np.ndarray]:
+        return onnx_session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
+
+    for inputs in (ALONE, MIXED, PORTRAIT, SQUARE, SMALLEST):
+        outputs = run(*inputs)
+        for found, expected in zip(unpad(outputs), unpad(detect(detector, *inputs)), strict=True):
+            assert_same(found, expected)
+        for i in range(len(inputs[0])):
+            for a, b in zip(run(*(x[i : i + 1] for x in inputs)), outputs, strict=True):
+                np.testing.assert_array_equal(a[0], b[i])
+
+
+class NMS(nn.Module):
+    def forward(self, boxes: Tensor, scores: Tensor) -> Tensor:
+        return nms_keep(boxes, scores, 0.5, 3)
+
+
+def test_nms_in_onnx_equals_eager(tmp_path: Path) -> None:
+    """IoU is suppressed above 0.5 and not at it, classes apart, rejected rows never, at most 3."""
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 6], [20, 0, 30, 10]]).float()
+    boxes = torch.cat((boxes, boxes + 40)).repeat(2, 1, 1)  # [2,8,4]
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.0] * 2).repeat(2, 2, 1)  # [2,2,8]
+    scores[0, 1, 0] = scores[1, 0] = REJECTED
+    path = tmp_path / "nms.onnx"
+    export(NMS(), (boxes, scores), path)
+    onnx_session = session(path)
+    kept = [[1, 1, 0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1, 0, 0]], [[0] * 8, [1, 1, 0, 0, 1, 0, 0, 0]]
+    for s, expected in ((scores, torch.tensor(kept)), (scores * 0 + REJECTED, scores * 0)):
+        assert nms_keep(boxes, s, 0.5, 3).equal(expected.bool())
+        (found,) = onnx_session.run(None, {"boxes": boxes.numpy(), "scores": s.numpy()})
+        np.testing.assert_array_equal(found, expected.bool().numpy())
