@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from backbones.augment import TrainAugment
 from backbones.config import ImageData
 from backbones.errors import InputError
+from backbones.files import IMAGE_SUFFIXES, list_images
 from backbones.preprocess import ClassifierPreprocess, classifier_pixels, decode
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -62,19 +62,15 @@ def list_samples(data: ImageData, split: str, num_classes: int) -> tuple[list[Sa
         return _flat(folder, data, num_classes), class_names(num_classes)
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not names:
-        flat = any(_images(folder))
+        flat = any(list_images(folder))
         problem = "images but no class folders" if flat else "no images"
         remedy = "give data.ground_truth=FILE" if flat else "give a folder of class folders as data.root"
         raise InputError(f"{folder} has {problem}: {remedy}")
     indices, classes = _class_indices(names, folder, num_classes)
-    samples = [Sample(path, i) for name, i in zip(names, indices, strict=True) for path in _images(folder / name)]
+    samples = [Sample(path, i) for name, i in zip(names, indices, strict=True) for path in list_images(folder / name)]
     if not samples:
-        raise InputError(f"no images ({', '.join(SUFFIXES)}) below {folder}: is it the right folder?")
+        raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {folder}: is it the right folder?")
     return samples, classes
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _class_indices(names: Sequence[str], folder: Path, num_classes: int) -> tuple[list[int], list[str]]:
@@ -104,9 +100,9 @@ def _index_of(wnid: str, where: Path) -> int:
 
 
 def _flat(folder: Path, data: ImageData, num_classes: int) -> list[Sample]:
-    images = _images(folder)
+    images = list_images(folder)
     if not images:
-        raise InputError(f"no images ({', '.join(SUFFIXES)}) in {folder}: is it the right folder?")
+        raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {folder}: is it the right folder?")
     truth = Path(str(data.ground_truth))
     try:
         lines = [line.strip() for line in truth.read_text().splitlines() if line.strip()]

@@ -13,8 +13,8 @@ Shapes, here and in the comments below:
 
 Sources: torchvision 0.29, `models/detection/{retinanet,fcos,rpn,roi_heads}.py`, `ops/poolers.py`.
 Deviation: NMS treats each class (in the RPN each level) by itself. torchvision's `batched_nms` does
-so on the CPU above 1000 boxes; with fewer it moves the classes apart in float32, which can turn an
-IoU at the threshold.
+so on the CPU above 1000 boxes; below, it moves the classes apart in float32, whose rounding can
+carry an IoU across the threshold.
 """
 
 import copy
@@ -27,7 +27,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import roi_align
 
-from detection.onnx_ops import REJECTED, nms_keep
+from detection.onnx_ops import REJECTED, nms_keep, topk_padded
 
 # torchvision writes this one as a literal, in RoIHeads.postprocess_detections. Pixels.
 ROI_MIN_SIZE = 1e-2
@@ -62,7 +62,7 @@ class BatchedDetector(nn.Module):
             )
         self.normalize = Normalize(model.transform.image_mean, model.transform.image_std)
         self.backbone = model.backbone
-        self.eval()
+        self.eval().to(next(self.parameters()).device)  # the buffers too
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Detect objects, best first; rows from num_detections on are zeros.
@@ -214,8 +214,8 @@ class RegionHeads(nn.Module):
         boxes = boxes[:, :, 1:].transpose(1, 2).reshape(n, -1, 4)  # [N,(C-1)*R,4]
         boxes = clip(boxes, sizes)
         scores = logits.softmax(-1).view(n, r, -1)[:, :, 1:].transpose(1, 2)  # [N,C-1,R]
-        num_classes = scores.shape[1]
-        large = at_least(boxes, ROI_MIN_SIZE).view(n, num_classes, r)
+        foreground = scores.shape[1]  # C-1
+        large = at_least(boxes, ROI_MIN_SIZE).view(n, foreground, r)
         candidate = (scores > self.score_thresh) & large & found[:, None]
         scores = torch.where(candidate, scores, REJECTED)
         keep = nms_keep(
@@ -223,10 +223,10 @@ class RegionHeads(nn.Module):
             scores.reshape(-1, 1, r),
             self.nms_thresh,
             self.detections_per_image,
-        ).view(n, num_classes, r)
+        ).view(n, foreground, r)
         scores = torch.where(keep, scores, REJECTED).flatten(1)  # [N,(C-1)*R]
-        labels = torch.arange(1, num_classes + 1, device=scores.device)[:, None]
-        return boxes, scores, labels.expand(n, num_classes, r).flatten(1)
+        labels = torch.arange(1, foreground + 1, device=scores.device)[:, None]
+        return boxes, scores, labels.expand(n, foreground, r).flatten(1)
 
     def propose(
         self, maps: list[Tensor], sizes: Tensor, canvas: Sequence[int]
@@ -336,16 +336,6 @@ def anchors_at(
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows `index` [N,k] of each image's x [N,M,*] -> [N,k,*]."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def topk_padded(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top-k of x [N,M] for any M: values and indices [N,k], best first.
-
-    Rows past M have the value -inf and index M-1, so k stays static while M depends on the canvas.
-    """
-    padded = torch.cat((x, x.new_full((1, 1), float("-inf")).expand(x.shape[0], k)), 1)
-    values, index = padded.topk(k, 1)
-    return values, index.clamp(max=x.shape[1] - 1)
 
 
 def clip(boxes: Tensor, sizes: Tensor) -> Tensor:

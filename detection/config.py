@@ -38,7 +38,7 @@ class DetectorConfig(Section):
     model: str
     weights_backbone: str | None = None  # ImageNet weights to start from
     weights: str | None = None  # a trained detector, to evaluate
-    fpn_channels: int = Field(default=256, ge=8)
+    fpn_channels: int = Field(default=256, ge=64, multiple_of=32)  # the heads' GroupNorm has 32 groups
     frozen_batchnorm: bool | None = None  # None: frozen over pretrained weights alone
     score_threshold: float | None = Field(default=None, ge=0, lt=1)
     nms_iou: float | None = Field(default=None, gt=0, le=1)

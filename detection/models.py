@@ -34,7 +34,7 @@ class DetectorSpec(Section):
 
     model: str
     num_classes: int = Field(ge=2)  # background included, as torchvision counts
-    fpn_channels: int = Field(default=256, ge=8)
+    fpn_channels: int = Field(default=256, ge=64, multiple_of=32)  # the heads' GroupNorm has 32 groups
     frozen_batchnorm: bool = False
     score_threshold: float | None = Field(default=None, ge=0, lt=1)
     nms_iou: float | None = Field(default=None, gt=0, le=1)

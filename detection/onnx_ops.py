@@ -1,9 +1,10 @@
-"""The operator that ONNX export cannot take from torchvision, and what it becomes in ONNX.
+"""Top-k and NMS of static size, and what NMS becomes in ONNX.
 
-`nms` returns as many boxes as the data leave, and torch.export cannot trace on from there.
-`nms_keep` returns a mask, whose size is known.
+torch.export cannot trace on from a size that depends on the data, as that of `nms` does, and the
+k of a top-k must not depend on the canvas. These two fill up instead.
 
-Shapes: B batch, C classes, S candidates.
+Shapes: N images, M values to choose from, B images or (image, level) or (image, class) pairs,
+C classes, S candidates.
 """
 
 from collections.abc import Callable
@@ -41,6 +42,16 @@ def nms_keep(boxes: Tensor, scores: Tensor, iou_threshold: float, max_per_class:
 @nms_keep.register_fake
 def _(boxes: Tensor, scores: Tensor, iou_threshold: float, max_per_class: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool)
+
+
+def topk_padded(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top-k of x [N,M] for any M: values and indices [N,k], best first.
+
+    Rows past M have the value -inf and index M-1, so k stays static while M depends on the canvas.
+    """
+    padded = torch.cat((x, x.new_full((1, 1), float("-inf")).expand(x.shape[0], k)), 1)
+    values, index = padded.topk(k, 1)
+    return values, index.clamp(max=x.shape[1] - 1)
 
 
 def translation_table() -> dict[Callable, Callable]:

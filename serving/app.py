@@ -10,10 +10,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from ray import serve
+from ray.serve import Deployment
 from ray.serve.config import BackpressureConfig
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -29,7 +30,7 @@ from serving.runtime import OnnxModel, Provider
 from serving.schemas import classify_answer, detect_answer
 
 FRONT = "_front"  # no model's name, which starts with a letter or digit
-DEFAULT_TOP_K = 5
+DEFAULT_TOP_K, MAX_TOP_K = 5, 100_000
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
 ENDPOINTS = {"classification": "classify", "detection": "detect"}
@@ -55,7 +56,7 @@ class ModelReplica:
     ) -> None:
         self.name, self.timeout_s, self.max_body_bytes = name, timeout_s, max_body_bytes
         self.model = OnnxModel(artifact, provider, threads)
-        self.predictor: Any = create_predictor(self.model)
+        self.predictor = cast(Any, create_predictor(self.model))  # what one prepares, the other does not take
         self.endpoint = ENDPOINTS[self.model.metadata.task]
         self.decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
         self.probe = self.predictor.prepare(_blank_image())
@@ -90,7 +91,7 @@ class ModelReplica:
     async def _infer(self, request: Request) -> Any:
         metadata = self.model.metadata
         if isinstance(metadata, ClassifierArtifact):
-            top_k = read_parameter(request, "top_k", int, 1, 1e9) or DEFAULT_TOP_K
+            top_k = read_parameter(request, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
             return classify_answer(metadata, await self._run(request), top_k)
         # Below the artefact's own threshold there is nothing to return.
         threshold = read_parameter(request, "score_threshold", float, metadata.score_threshold, 1)
@@ -190,7 +191,7 @@ def build(config: ServingConfig) -> list[ServedApplication]:
         ServedApplication(model.name, route_prefix(model.name), _model_application(model, config.max_body_bytes))
         for model in config.models
     ]
-    front = serve.deployment(Front).options(
+    front = _deployment(Front).options(
         name="front",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=64,
@@ -218,7 +219,7 @@ def middlewares() -> list[Middleware]:
 
 
 def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:
-    deployment = serve.deployment(ModelReplica).options(
+    deployment = _deployment(ModelReplica).options(
         name=model.name,
         num_replicas=model.replicas,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
@@ -236,6 +237,12 @@ def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Applica
         timeout_s=model.timeout_s,
         max_body_bytes=max_body_bytes,
     )
+
+
+def _deployment(body: type) -> Deployment:
+    deployment = serve.deployment(body)
+    assert isinstance(deployment, Deployment)  # its annotation says otherwise
+    return deployment
 
 
 def _blank_image() -> bytes:

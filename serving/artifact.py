@@ -17,11 +17,12 @@ KEY = "cspnet"
 
 
 class Parity(Section):
-    """The largest difference from PyTorch that export measured, over the batch sizes it tried."""
+    """The largest differences from PyTorch that export measured, over the batch sizes it tried."""
 
-    batch_sizes: tuple[int, ...]
-    images: int
-    largest: dict[str, float]  # by output: logits in units of their spread, scores, boxes in pixels
+    batch_sizes: tuple[int, ...] = ()
+    images: int = 0
+    detections: int = 0  # that were matched, of a detector
+    largest: dict[str, float] = {}  # by output: logits in units of their spread, scores, boxes in pixels
 
 
 class _Artifact(Section):

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,8 @@ def _predict(predictor: Predictor, files: Sequence[File], prepared: Sequence[Fut
             good[i] = future.result()
         except ImageError as error:
             errors[i] = _text(str(error))
-    results = dict(zip(good, predictor.predict(list(good.values())), strict=True)) if good else {}
+    predicted: Sequence[Any] = predictor.predict(list(good.values())) if good else []
+    results = dict(zip(good, predicted, strict=True))
     return [Row(file.name, results.get(i), errors.get(i)) for i, file in enumerate(files)]
 
 
@@ -283,7 +284,9 @@ def _ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def _stream(tables: list[pa.Table], worker: dict[str, Any], actors: int, num_gpus: float) -> Iterator[pa.Table]:
+def _stream(
+    tables: list[pa.Table], worker: dict[str, Any], actors: int, num_gpus: float
+) -> Generator[pa.Table, None, None]:
     """The tables of files through a pool of actors, in order; Ray Data's backpressure bounds what waits."""
     import ray.data
     from ray.exceptions import RayError

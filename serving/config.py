@@ -1,6 +1,7 @@
 """The config of a service; no torch here."""
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from backbones.schema import Section
 from serving.runtime import Provider
@@ -21,6 +22,17 @@ class ServedModel(Section):
     max_queued_requests: int = Field(default=256, ge=1)  # beyond these a client gets 503 at once
     timeout_s: float = Field(default=30, gt=0)
 
+    @model_validator(mode="after")
+    def _values_agree(self) -> Self:
+        if self.max_ongoing_requests < self.max_batch_size:
+            raise ValueError(
+                f"max_ongoing_requests {self.max_ongoing_requests} is below max_batch_size {self.max_batch_size}, "
+                "so batches would never fill; raise it"
+            )
+        if self.provider == "cuda" and not self.num_gpus:
+            raise ValueError("provider cuda needs num_gpus above 0: Ray hides the GPUs from replicas without")
+        return self
+
 
 class ServingConfig(Section):
     """A run of `python -m serving run`."""
@@ -28,6 +40,7 @@ class ServingConfig(Section):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)  # 0 picks a free one
     max_body_bytes: int = Field(default=20_000_000, ge=1)
+    start_timeout_s: float = Field(default=120, gt=0)  # to all models ready, warmed up
     models: tuple[ServedModel, ...] = Field(min_length=1)
 
     @field_validator("models")

@@ -1,4 +1,4 @@
-"""HTTP as the endpoints speak it: image bodies in, JSON out, `{"error": …}` for all that fails; no Ray, no torch here."""
+"""HTTP as the endpoints speak it: images in, JSON out, `{"error": …}` for all that fails; no Ray, no torch here."""
 
 import asyncio
 import json
@@ -96,7 +96,7 @@ def read_parameter(request: Request, name: str, kind: Callable[[str], Any], low:
         value = None
     if value is None or not low <= value <= high:
         what = "an integer" if kind is int else "a number"
-        raise Refusal(400, f"{name}={text!r} is not {what} from {low:g} to {high:g}")
+        raise Refusal(400, f"{name}={text!r} is not {what} from {low:g} to {high:.10g}")
     return value
 
 

@@ -42,9 +42,7 @@ def classify_answer(artifact: Artifact, result: Classification, top_k: int = 5) 
     return {"model": artifact.model, "predictions": predictions}
 
 
-def detect_answer(
-    artifact: DetectorArtifact, result: Detections, score_threshold: float | None = None
-) -> DetectAnswer:
+def detect_answer(artifact: DetectorArtifact, result: Detections, score_threshold: float | None = None) -> DetectAnswer:
     """Floats are exact: a float32's value as JSON reads back as the same float32.
 
     Args:
@@ -57,3 +55,23 @@ def detect_answer(
         if score_threshold is None or score >= score_threshold
     ]
     return {"model": artifact.model, "height": result.size[0], "width": result.size[1], "detections": detections}
+
+
+def parse_classify(answer: ClassifyAnswer) -> Classification:
+    """The inverse of `classify_answer`, for as many classes as the answer has."""
+    best = answer["predictions"]
+    return Classification(
+        indices=np.array([entry["index"] for entry in best], np.int64),
+        probabilities=np.array([entry["score"] for entry in best], np.float32),
+    )
+
+
+def parse_detect(answer: DetectAnswer, artifact: DetectorArtifact) -> Detections:
+    """The inverse of `detect_answer`."""
+    found = answer["detections"]
+    return Detections(
+        boxes=np.array([entry["box"] for entry in found], np.float32).reshape(-1, 4),
+        scores=np.array([entry["score"] for entry in found], np.float32),
+        indices=np.array([artifact.category_ids.index(entry["category_id"]) for entry in found], np.int64),
+        size=(answer["height"], answer["width"]),
+    )

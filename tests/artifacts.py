@@ -1,0 +1,138 @@
+"""Tiny artefacts made with onnx alone, so that the tests of serving need no torch.
+
+Shapes: N images, H, W pixels, C classes, K boxes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
+from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, to_metadata
+
+COLOURS = ("red", "green", "blue")
+BOXES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.5, 1.0))  # of the image's width and height
+SCORES = (0.9, 0.6)
+LABELS = (2, 1)
+_COMMON: dict[str, Any] = {
+    "weights_sha256": "0" * 64,
+    "config": {},
+    "versions": {},
+    "parity": Parity(batch_sizes=(1, 2), images=3, largest={}),
+}
+
+
+def write_classifier(path: Path, work: int = 0, crop: int = 32) -> Path:
+    """Answers an image's main colour: probabilities are the softmax of the mean of R, G and B, over 16.
+
+    Args:
+        work: multiplications of two 768 x 768 matrices to do for each batch, to be as slow as a real model.
+    """
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),  # [N, H, W, 3]
+        helper.make_node("ReduceMean", ["pixels", "hw"], ["means"], keepdims=0),  # [N, 3]
+        helper.make_node("Div", ["means", "sixteen"], ["scaled"]),
+        *_busy(work),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    constants = {
+        "hw": np.array([1, 2], dtype=np.int64),
+        "sixteen": np.array(16, dtype=np.float32),
+        "trips": np.array(work, dtype=np.int64),
+        "start": np.zeros((768, 768), dtype=np.float32),
+        "zero": np.array(0, dtype=np.float32),
+        "true": np.array(True),
+    }
+    outputs = [_value("logits", TensorProto.FLOAT, ["N", 3]), _value("probabilities", TensorProto.FLOAT, ["N", 3])]
+    metadata = ClassifierArtifact(
+        model="colours", classes=COLOURS, preprocess=ClassifierPreprocess(resize=crop, crop=crop), **_COMMON
+    )
+    return _write(path, nodes, constants, [_images()], outputs, metadata)
+
+
+def write_detector(path: Path, score_threshold: float = 0.5) -> Path:
+    """Answers `BOXES` with `SCORES` and `LABELS` (the background is 0) for each image."""
+    k = len(BOXES)
+    nodes = [
+        helper.make_node("Cast", ["sizes"], ["hw"], to=TensorProto.FLOAT),  # [N, 2]
+        helper.make_node("Gather", ["hw", "whwh"], ["scale"], axis=1),  # [N, 4]
+        helper.make_node("Unsqueeze", ["scale", "one"], ["scales"]),  # [N, 1, 4]
+        helper.make_node("Mul", ["scales", "relative"], ["boxes"]),  # [N, K, 4]
+        helper.make_node("Shape", ["images"], ["n"], start=0, end=1),  # [1]
+        helper.make_node("Concat", ["n", "k"], ["nk"], axis=0),
+        helper.make_node("Expand", ["fixed_scores", "nk"], ["scores"]),  # [N, K]
+        helper.make_node("Expand", ["fixed_labels", "nk"], ["labels"]),  # [N, K]
+        helper.make_node("Expand", ["k", "n"], ["num_detections"]),  # [N]
+    ]
+    constants = {
+        "whwh": np.array([1, 0, 1, 0], dtype=np.int64),
+        "one": np.array([1], dtype=np.int64),
+        "relative": np.array([BOXES], dtype=np.float32),
+        "k": np.array([k], dtype=np.int64),
+        "fixed_scores": np.array([SCORES], dtype=np.float32),
+        "fixed_labels": np.array([LABELS], dtype=np.int64),
+    }
+    inputs = [_images(), _value("sizes", TensorProto.INT64, ["N", 2])]
+    outputs = [
+        _value("boxes", TensorProto.FLOAT, ["N", k, 4]),
+        _value("scores", TensorProto.FLOAT, ["N", k]),
+        _value("labels", TensorProto.INT64, ["N", k]),
+        _value("num_detections", TensorProto.INT64, ["N"]),
+    ]
+    metadata = DetectorArtifact(
+        model="boxes",
+        classes=("cat", "dog"),
+        category_ids=(17, 18),
+        preprocess=DetectorPreprocess(min_size=64, max_size=128),
+        score_threshold=score_threshold,
+        nms_iou=0.5,
+        max_detections=k,
+        **_COMMON,
+    )
+    return _write(path, nodes, constants, inputs, outputs, metadata)
+
+
+def _busy(work: int) -> list[onnx.NodeProto]:
+    """`scaled` to `logits`, unchanged; a loop keeps the graph small and is not folded away."""
+    if not work:
+        return [helper.make_node("Identity", ["scaled"], ["logits"])]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("MatMul", ["a", "a"], ["b"])],
+        "multiply",
+        [_value("i", TensorProto.INT64, []), _value("go", TensorProto.BOOL, []), _value("a", TensorProto.FLOAT, None)],
+        [_value("on", TensorProto.BOOL, []), _value("b", TensorProto.FLOAT, None)],
+    )
+    return [
+        helper.make_node("Loop", ["trips", "true", "start"], ["zeros"], body=body),
+        helper.make_node("ReduceSum", ["zeros"], ["nothing"], keepdims=0),
+        helper.make_node("Add", ["scaled", "nothing"], ["logits"]),
+    ]
+
+
+def _images() -> onnx.ValueInfoProto:
+    return _value("images", TensorProto.UINT8, ["N", "H", "W", 3])
+
+
+def _value(name: str, kind: int, shape: list[Any] | None) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def _write(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, Any],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    metadata: Artifact,
+) -> Path:
+    tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    helper.set_model_props(model, to_metadata(metadata))
+    onnx.checker.check_model(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, str(path))
+    return path

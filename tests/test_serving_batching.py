@@ -1,0 +1,133 @@
+"""BatchQueue: what waits together runs together, nothing waits for company, and a failure stays in its batch."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from serving.batching import BatchQueue
+
+
+class Gate:
+    """A model that keeps each batch until it is let through, and remembers the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.entered = threading.Semaphore(0)
+        self.let = threading.Semaphore(0)
+
+    def run(self, items: Sequence[int]) -> list[int]:
+        self.batches.append(list(items))
+        self.entered.release()
+        assert self.let.acquire(timeout=10)
+        if -1 in items:
+            raise ArithmeticError("no square of -1 here")
+        return [item * item for item in items]
+
+    async def wait_entered(self) -> None:
+        assert await asyncio.to_thread(self.entered.acquire, True, 10)
+
+    def open(self, batches: int = 1) -> None:
+        self.let.release(batches)
+
+
+async def _submit(queue: BatchQueue[int, int], *items: int) -> list[asyncio.Task[int]]:
+    tasks = [asyncio.create_task(queue.submit(item)) for item in items]
+    await asyncio.sleep(0)  # let them put their items
+    return tasks
+
+
+def test_idle_runs_one_at_once_and_busy_fills_the_next_batch() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        queue = BatchQueue(gate.run, max_batch_size=3)
+        first = await _submit(queue, 1)
+        await gate.wait_entered()
+        rest = await _submit(queue, 2, 3, 4, 5)
+        gate.open(3)
+        assert await asyncio.gather(*first, *rest) == [1, 4, 9, 16, 25]
+        assert gate.batches == [[1], [2, 3, 4], [5]]
+        assert queue.batches == 3
+        await queue.close()
+
+    asyncio.run(scenario())
+
+
+def test_exception_fails_its_own_batch_only() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        queue = BatchQueue(gate.run, max_batch_size=2)
+        first = await _submit(queue, 1)
+        await gate.wait_entered()
+        rest = await _submit(queue, -1, 2, 3)
+        gate.open(3)
+        results = await asyncio.gather(*first, *rest, return_exceptions=True)
+        assert results[0] == 1 and results[3] == 9
+        assert all(isinstance(result, ArithmeticError) for result in results[1:3])
+        assert queue.batches == 2
+        await queue.close()
+
+    asyncio.run(scenario())
+
+
+def test_wrong_number_of_results_is_an_error_for_all() -> None:
+    async def scenario() -> None:
+        queue: BatchQueue[int, int] = BatchQueue(lambda items: [], max_batch_size=2)
+        with pytest.raises(AssertionError, match="0 results for 1 items"):
+            await queue.submit(1)
+        await queue.close()
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_items_are_not_run() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        queue = BatchQueue(gate.run, max_batch_size=2)
+        first = await _submit(queue, 1)
+        await gate.wait_entered()
+        cancelled, *kept = await _submit(queue, 2, 3, 4)
+        cancelled.cancel()
+        await asyncio.sleep(0)
+        gate.open(3)
+        assert await asyncio.gather(*first, *kept) == [1, 9, 16]
+        assert 2 not in sum(gate.batches, [])
+        await queue.close()
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_while_running_leaves_the_rest_of_its_batch_alone() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        queue = BatchQueue(gate.run, max_batch_size=2)
+        first = await _submit(queue, 1)
+        await gate.wait_entered()
+        pair = await _submit(queue, 2, 3)
+        gate.open()
+        await gate.wait_entered()
+        pair[0].cancel()
+        gate.open()
+        assert await asyncio.gather(*first, pair[1]) == [1, 9]
+        await queue.close()
+
+    asyncio.run(scenario())
+
+
+def test_close_finishes_what_waits_and_ends_the_thread() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        before = threading.active_count()
+        queue = BatchQueue(gate.run, max_batch_size=4)
+        first = await _submit(queue, 1)
+        await gate.wait_entered()
+        rest = await _submit(queue, 2, 3)
+        gate.open(2)
+        closing = asyncio.create_task(queue.close())
+        assert await asyncio.gather(*first, *rest) == [1, 4, 9]
+        await closing
+        assert not any(thread.name == "batches" for thread in threading.enumerate())
+        assert threading.active_count() <= before + 2  # asyncio's own pool
+
+    asyncio.run(scenario())
