@@ -4,13 +4,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from backbones.errors import exit_on_input_error
-
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """CONFIG and its dotted overrides."""
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as those of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the file's, such as data.root=…")
+from backbones.cli import add_config_arguments, run_command
 
 
 def _models(_: argparse.Namespace) -> None:
@@ -51,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_config_arguments(command)
     command.add_argument("--per-class", action="store_true", help="print each class's figures too")
     command.set_defaults(run=_eval)
-    args = parser.parse_args(argv)
-    with exit_on_input_error():
-        args.run(args)
+    run_command(parser, argv)
 
 
 if __name__ == "__main__":

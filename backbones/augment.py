@@ -7,7 +7,9 @@ import numpy as np
 from backbones.preprocess import Pixels
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
-import albumentations as A  # noqa: E402
+import albumentations
+
+__all__ = ["TrainAugment", "albumentations", "sample_seed"]
 
 
 def sample_seed(*numbers: int) -> int:
@@ -16,15 +18,20 @@ def sample_seed(*numbers: int) -> int:
 
 
 class TrainAugment:
-    """Random resized crop to `size` x `size`, flip, colour jitter; `epoch` is set by the training loop."""
+    """Random resized crop to `size` x `size`, flips, colour jitter; `epoch` is set by the training loop."""
 
-    def __init__(self, size: int, min_scale: float, horizontal_flip: float, color_jitter: float, seed: int):
+    def __init__(
+        self, size: int, min_scale: float, horizontal_flip: float, vertical_flip: float, color_jitter: float, seed: int
+    ):
         strength = (1 - color_jitter, 1 + color_jitter)
-        self.transform = A.Compose(
+        self.transform = albumentations.Compose(
             [
-                A.RandomResizedCrop((size, size), scale=(min_scale, 1.0)),
-                A.HorizontalFlip(p=horizontal_flip),
-                A.ColorJitter(strength, strength, strength, hue=(-color_jitter / 10, color_jitter / 10), p=0.8),
+                albumentations.RandomResizedCrop((size, size), scale=(min_scale, 1.0)),
+                albumentations.HorizontalFlip(p=horizontal_flip),
+                albumentations.VerticalFlip(p=vertical_flip),
+                albumentations.ColorJitter(
+                    strength, strength, strength, hue=(-color_jitter / 10, color_jitter / 10), p=0.8
+                ),
             ]
         )
         self.seed, self.epoch = seed, 0

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ClassifierPreprocess
-from backbones.schema import Section
+from backbones.schema import OptimizerName, Section
 
 
 class ImageData(Section):
@@ -26,9 +26,10 @@ class ImageData(Section):
 
 
 class ClassifierTraining(Section):
-    """SGD with Nesterov momentum, linear warm-up, cosine decay to zero, label smoothing."""
+    """Linear warm-up, cosine decay to zero, label smoothing, augmentation."""
 
     epochs: int = Field(default=90, ge=1)
+    optimizer: OptimizerName = "sgd"
     lr: float = Field(default=0.1, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
@@ -36,6 +37,7 @@ class ClassifierTraining(Section):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     min_scale: float = Field(default=0.35, gt=0, le=1)  # smallest share of the area a random crop keeps
     horizontal_flip: float = Field(default=0.5, ge=0, le=1)
+    vertical_flip: float = Field(default=0.0, ge=0, le=1)
     color_jitter: float = Field(default=0.2, ge=0, le=1)
 
 
@@ -66,17 +68,23 @@ def load_config(schema: type[Schema], path: str | Path, overrides: Sequence[str]
         InputError: no such file, no YAML mapping, an override without `=`, or keys and values that
             the schema refuses; a misspelt key is named together with the nearest valid one.
     """
+    values = read_values(path, overrides)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_explain(schema, detail) for detail in error.errors())
+        raise InputError(f"{path}: {problems}") from None
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file's values with `a.b=value` overrides applied, unchecked."""
     values = _read_yaml(path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise InputError(f"override {override!r} has no '='; write key=value, such as data.root=/data")
         _set(values, key.strip(), _parse(text, override))
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        problems = "; ".join(_explain(schema, detail) for detail in error.errors())
-        raise InputError(f"{path}: {problems}") from None
+    return values
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

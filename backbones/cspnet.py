@@ -20,6 +20,9 @@ from backbones.errors import unknown
 from backbones.preprocess import ClassifierPreprocess
 from backbones.weights import load_weights
 
+# timm's evaluation of the published weights: 256 pixels are 0.887 of the resized short side.
+TIMM = ClassifierPreprocess(resize=288, crop=256, interpolation="bilinear")
+
 
 class ConvNormAct(nn.Module):
     """Convolution without bias, BatchNorm, LeakyReLU(0.01) unless linear; [N, C, H, W] -> [N, C', H', W']."""
@@ -104,6 +107,17 @@ class CSPStage(nn.Module):
         return self.conv_transition(torch.cat((cross, blocks), dim=1))  # [N, cout, ...]
 
 
+class Head(nn.Module):
+    """Average over the map, then a linear layer: [N, C, H, W] -> [N, num_classes]; without classes [N, C]."""
+
+    def __init__(self, channels: int, num_classes: int):
+        super().__init__()
+        self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3)))
+
+
 @dataclass(frozen=True)
 class Stem:
     """One convolution of stride 2 and a 3x3 max-pool of stride 2 (`stride=4`), or the convolution alone."""
@@ -139,7 +153,7 @@ class Variant:
     linear_expand: bool = False
     hub: str | None = None  # the repository of timm's published weights
     published: tuple[Published, ...] = ()
-    preprocess: ClassifierPreprocess = ClassifierPreprocess(resize=288, crop=256, interpolation="bilinear")
+    preprocess: ClassifierPreprocess = TIMM  # evaluation's, unless a config says otherwise
 
 
 class CSPNet(nn.Module):
@@ -177,8 +191,7 @@ class CSPNet(nn.Module):
                 level = f"c{total.bit_length() - 1}"
                 self.channels[level], self.strides[level] = cout, total
 
-        self.head = nn.Module()
-        self.head.fc = nn.Linear(cin, num_classes) if num_classes else nn.Identity()
+        self.head = Head(cin, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -188,7 +201,7 @@ class CSPNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] to logits [N, num_classes]."""
-        return self.head.fc(self.stages(self.stem(x)).mean((2, 3)))
+        return self.head(self.stages(self.stem(x)))
 
     def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised images [N, 3, H, W] to maps `{"c2": [N, C2, H/4, W/4], ..., "c5": [N, C5, H/32, W/32]}`."""
@@ -208,8 +221,7 @@ def _mmpretrain(crop: int, top1: float, top5: float) -> Published:
 
 
 def _timm(top1: float, top5: float) -> Published:
-    # 256 / 0.887 = 288
-    return Published("timm", ClassifierPreprocess(resize=288, crop=256, interpolation="bilinear"), top1, top5)
+    return Published("timm", TIMM, top1, top5)
 
 
 _RESNET = Variant(
@@ -254,12 +266,8 @@ VARIANTS: dict[str, Variant] = {
     "cspresnet10": replace(
         _RESNET, stem=Stem(32, 7, 4), depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), expand=(1,) * 4
     ),
-    "cspresnext10": replace(
-        _RESNEXT, stem=Stem(32, 7, 4), depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), groups=8
-    ),
-    "cspdarknet10": replace(
-        _DARKNET, stem=Stem(16, 3, 1), depths=(1, 1, 1, 1, 1), channels=(32, 64, 128, 256, 512)
-    ),
+    "cspresnext10": replace(_RESNEXT, stem=Stem(32, 7, 4), depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), groups=8),
+    "cspdarknet10": replace(_DARKNET, stem=Stem(16, 3, 1), depths=(1, 1, 1, 1, 1), channels=(32, 64, 128, 256, 512)),
 }
 ALIASES = {"cspdarknet53": "cspdarknet50"}  # timm's and the authors' name counts the convolutions
 

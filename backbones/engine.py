@@ -1,7 +1,7 @@
 """The loops over a classifier: one epoch of training, one evaluation. Plain functions that return a dict."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,13 +38,13 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     preprocess: ClassifierPreprocess,
-    lr: Callable[[int], float],
+    lrs: Sequence[float],
     *,
     label_smoothing: float,
     amp: bool,
     title: str,
 ) -> dict[str, float]:
-    """One pass over `loader`; `lr` maps a step of this epoch to its learning rate. Returns mean loss and accuracy.
+    """One pass over `loader`; `lrs` has the learning rate of each step. Returns mean loss and accuracy.
 
     Raises:
         InputError: the loss is not finite.
@@ -55,7 +55,7 @@ def train_one_epoch(
     progress = tqdm(loader, desc=title, leave=False, unit="batch")
     for step, (pixels, targets) in enumerate(progress):
         for group in optimizer.param_groups:
-            group["lr"] = lr(step)
+            group["lr"] = lrs[step]
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
             logits = model(normalize(pixels.to(device, non_blocking=True), preprocess))
@@ -64,7 +64,7 @@ def train_one_epoch(
         if not math.isfinite(value):
             raise InputError(f"{title}: the loss is {value} at step {step}: lower train.lr or lengthen the warm-up")
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         total += value * len(targets)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +173,7 @@ def _devkit_order(meta: Path) -> dict[int, int]:
     return {int(row["ILSVRC2012_ID"]): _index_of(str(row["WNID"]), meta) for row in rows if row["num_children"] == 0}
 
 
-class ImageNet(Dataset[tuple[Tensor, int]]):
+class ImageNet(Dataset[Any]):
     """Items are (pixels uint8 [H, W, 3], class index), the evaluation's pixels or, with `augment`, training's."""
 
     def __init__(
@@ -194,12 +195,12 @@ class ImageNet(Dataset[tuple[Tensor, int]]):
 
 
 def create_loader(
-    dataset: Dataset[tuple[Tensor, int]], batch_size: int, workers: int, shuffle_seed: int | None = None
+    dataset: ImageNet, batch_size: int, workers: int, shuffle_seed: int | None = None
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches (uint8 [N, H, W, 3], int64 [N]); in order and complete, or shuffled by a seed without the last odd one."""
+    """Batches (uint8 [N, H, W, 3], int64 [N]); in order, or shuffled by a seed and without an odd last one."""
     shuffle = shuffle_seed is not None
     generator = torch.Generator().manual_seed(shuffle_seed or 0)
-    drop_last = shuffle and len(dataset) >= batch_size  # type: ignore[arg-type]
+    drop_last = shuffle and len(dataset) >= batch_size
     return DataLoader(
         dataset, batch_size, shuffle=shuffle, num_workers=workers, drop_last=drop_last, generator=generator,
         pin_memory=torch.cuda.is_available(),

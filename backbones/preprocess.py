@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
@@ -119,7 +119,7 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Im
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None
     except Exception as error:  # decoders raise anything on hostile bytes; each means a bad image
-        reason = "no image format that is read here" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "no image format that is read here" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"{name} cannot be decoded ({reason}): send a whole JPEG or PNG file") from None
     if upright.mode.startswith("I"):  # 16 bits a sample: keep the upper eight
         return Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")

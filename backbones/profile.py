@@ -47,8 +47,8 @@ def profile(name: str, size: int, num_classes: int = 1000) -> Profile:
 
 def table() -> str:
     """The variants with their cost and every published accuracy with its protocol."""
-    head = f"{'model':<14}{'params M':>9}{'GMACs 224':>11}{'GMACs 256':>11}{'top-1':>9}{'top-5':>9}  published by, protocol"
-    lines = [head]
+    head = ("model", "params M", "GMACs 224", "GMACs 256", "top-1", "top-5")
+    lines = ["{:<14}{:>9}{:>11}{:>11}{:>9}{:>9}  published by: protocol".format(*head)]
     for name, variant in VARIANTS.items():
         small, large = profile(name, 224), profile(name, 256)
         cost = f"{name:<14}{small.params:>9.2f}{small.gmacs:>11.2f}{large.gmacs:>11.2f}"

@@ -1,6 +1,10 @@
 """The base of every pydantic schema of the project; no torch here."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
+
+OptimizerName = Literal["sgd", "adamw"]
 
 
 class Section(BaseModel):

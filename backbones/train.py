@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from backbones.augment import TrainAugment
 from backbones.checkpoint import load_checkpoint, pick_device, save_checkpoint, seed_everything
@@ -14,6 +13,7 @@ from backbones.engine import evaluate, train_one_epoch, warmup_cosine
 from backbones.errors import InputError
 from backbones.files import write_json
 from backbones.imagenet import ImageNet, create_loader, list_samples
+from backbones.optim import create_optimizer
 from backbones.weights import save_weights
 
 
@@ -32,13 +32,14 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
     if val_classes != classes:
         raise InputError(f"{config.data.root}: the class folders of the training and validation splits differ")
     augment = TrainAugment(
-        config.preprocess.crop, train.min_scale, train.horizontal_flip, train.color_jitter, config.seed
-    )
+        config.preprocess.crop, train.min_scale, train.horizontal_flip, train.vertical_flip, train.color_jitter,
+        config.seed,
+    )  # fmt: skip
     training_set = ImageNet(samples, config.preprocess, augment)
     val_loader = create_loader(ImageNet(held_out, config.preprocess), config.data.batch_size, config.data.workers)
 
     model = create_model(config.model, config.num_classes, config.weights, ignore_head=config.ignore_head).to(device)
-    optimizer = _optimizer(model, config)
+    optimizer = create_optimizer(model, train.optimizer, train.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
     output = Path(config.output)
     history: list[dict[str, float]] = []
@@ -54,7 +55,7 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
         warmup = round(train.warmup_epochs * len(loader))
         figures = train_one_epoch(
             model, loader, optimizer, scaler, config.preprocess,
-            lambda step, done=done: train.lr * warmup_cosine(done + step, steps, warmup),  # type: ignore[misc]
+            [train.lr * warmup_cosine(done + step, steps, warmup) for step in range(len(loader))],
             label_smoothing=train.label_smoothing, amp=config.amp, title=f"epoch {epoch + 1}/{train.epochs}",
         )  # fmt: skip
         result = evaluate(model, val_loader, config.preprocess, classes)
@@ -69,14 +70,6 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
         write_json(output / "history.json", history)
     best = max(history, key=lambda entry: entry["top1"])
     return {"best": best, "history": history, "weights": str(output / "best.safetensors")}
-
-
-def _optimizer(model: nn.Module, config: ClassifierConfig) -> torch.optim.SGD:
-    """SGD; biases and BatchNorm's parameters are not decayed."""
-    plain = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": plain, "weight_decay": config.train.weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=config.train.lr, momentum=config.train.momentum, nesterov=True)
 
 
 def _metadata(config: ClassifierConfig, name: str, classes: list[str]) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from backbones.__main__ import add_config_arguments
-from backbones.errors import exit_on_input_error
+from backbones.cli import add_config_arguments, run_command
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -38,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = commands.add_parser(name, help=text)
         add_config_arguments(command)
         command.set_defaults(run=run)
-    args = parser.parse_args(argv)
-    with exit_on_input_error():
-        args.run(args)
+    run_command(parser, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from backbones.augment import A, sample_seed
+from backbones.augment import albumentations, sample_seed
 
 
 class DetectionAugment:
@@ -14,15 +14,19 @@ class DetectionAugment:
         self, horizontal_flip: float, vertical_flip: float, color_jitter: float, random_crop: float, seed: int
     ):
         strength = (1 - color_jitter, 1 + color_jitter)
-        self.transform = A.Compose(
+        self.transform = albumentations.Compose(
             [
-                A.BBoxSafeRandomCrop(erosion_rate=0.0, p=random_crop),
-                A.HorizontalFlip(p=horizontal_flip),
-                A.VerticalFlip(p=vertical_flip),
-                A.ColorJitter(strength, strength, strength, hue=(-color_jitter / 10, color_jitter / 10), p=0.8),
+                albumentations.BBoxSafeRandomCrop(erosion_rate=0.0, p=random_crop),
+                albumentations.HorizontalFlip(p=horizontal_flip),
+                albumentations.VerticalFlip(p=vertical_flip),
+                albumentations.ColorJitter(
+                    strength, strength, strength, hue=(-color_jitter / 10, color_jitter / 10), p=0.8
+                ),
             ],
             # clip: rounding may leave a box a hair outside its image, which albumentations else rejects
-            bbox_params=A.BboxParams("pascal_voc", label_fields=["labels"], clip=True, filter_invalid_bboxes=True),
+            bbox_params=albumentations.BboxParams(
+                "pascal_voc", label_fields=["labels"], clip=True, filter_invalid_bboxes=True
+            ),
         )
         self.seed, self.epoch = seed, 0
 

@@ -57,8 +57,7 @@ class BatchedDetector(nn.Module):
             self.detections_per_image = model.roi_heads.detections_per_img
         else:
             raise ValueError(
-                f"cannot batch a {type(model).__name__}: "
-                "supported are torchvision's RetinaNet, FCOS and FasterRCNN"
+                f"cannot batch a {type(model).__name__}: supported are torchvision's RetinaNet, FCOS and FasterRCNN"
             )
         self.normalize = Normalize(model.transform.image_mean, model.transform.image_std)
         self.backbone = model.backbone
@@ -140,9 +139,7 @@ class DenseHeads(nn.Module):
         centerness = outputs["bbox_ctrness"].split(counts, 1) if "bbox_ctrness" in outputs else None
         levels = []
         for i, x in enumerate(maps):
-            scores, index, labels = self.best_pairs(
-                logits[i], centerness[i] if centerness else None
-            )
+            scores, index, labels = self.best_pairs(logits[i], centerness[i] if centerness else None)
             anchors = anchors_at(index, self.cell_anchors[i], x.shape[-2:], canvas)
             levels.append((self.decode(take(deltas[i], index), anchors), scores, labels))
         boxes, scores, labels = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
@@ -153,9 +150,7 @@ class DenseHeads(nn.Module):
         keep = nms_keep(boxes, per_class, self.nms_thresh, self.detections_per_image).any(1)
         return boxes, torch.where(keep, scores, REJECTED), labels
 
-    def best_pairs(
-        self, logits: Tensor, centerness: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def best_pairs(self, logits: Tensor, centerness: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The k best (anchor, class) pairs of one level: scores, anchor indices and labels [N,k].
 
         First the k best anchors by their best class, then the k best pairs among those: no pair
@@ -228,9 +223,7 @@ class RegionHeads(nn.Module):
         labels = torch.arange(1, foreground + 1, device=scores.device)[:, None]
         return boxes, scores, labels.expand(n, foreground, r).flatten(1)
 
-    def propose(
-        self, maps: list[Tensor], sizes: Tensor, canvas: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def propose(self, maps: list[Tensor], sizes: Tensor, canvas: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The RPN's proposals [N,R,4] and whether there is one in that row [N,R]; zeros if not."""
         all_boxes, all_scores = [], []
         for i, (logits, deltas) in enumerate(zip(*self.rpn_head(maps), strict=True)):
@@ -285,14 +278,10 @@ class RoIPool(nn.Module):
         pooled, order = [], []
         for level, (name, scale) in enumerate(zip(self.featmap_names, self.scales, strict=True)):
             index = torch.where(level_of_roi == level)[0]
-            pooled.append(
-                roi_align(features[name], rois[index], self.output_size, scale, self.sampling_ratio)
-            )
+            pooled.append(roi_align(features[name], rois[index], self.output_size, scale, self.sampling_ratio))
             order.append(index)
         rows = torch.cat(order)  # the proposal of each pooled row
-        row_of_roi = torch.zeros_like(level_of_roi).scatter(
-            0, rows, torch.arange(rows.shape[0], device=rows.device)
-        )
+        row_of_roi = torch.zeros_like(level_of_roi).scatter(0, rows, torch.arange(rows.shape[0], device=rows.device))
         return torch.cat(pooled)[row_of_roi]
 
 
@@ -315,9 +304,7 @@ def per_anchor(x: Tensor, columns: int) -> Tensor:
     return x.view(n, -1, columns, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, columns)
 
 
-def anchors_at(
-    index: Tensor, cell_anchors: Tensor, grid: Sequence[int], canvas: Sequence[int]
-) -> Tensor:
+def anchors_at(index: Tensor, cell_anchors: Tensor, grid: Sequence[int], canvas: Sequence[int]) -> Tensor:
     """AnchorGenerator's anchors number `index` [N,k] of a level's h*w*A -> [N,k,4], in pixels.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -101,7 +102,7 @@ def load_annotations(path: str | Path) -> dict[str, Any]:
             category.setdefault("name", str(category["id"]))
         for i, annotation in enumerate(raw["annotations"]):
             annotation.setdefault("id", i + 1)
-            x, y, w, h = (float(value) for value in annotation["bbox"])
+            _, _, w, h = (float(value) for value in annotation["bbox"])
             annotation.setdefault("area", w * h)
             annotation.setdefault("iscrowd", 0)
             annotation["image_id"], annotation["category_id"]
@@ -166,7 +167,7 @@ class EvaluationImages(Dataset[tuple[int, Fitted]]):
         return record.image_id, detector_pixels(_decode(record), self.preprocess)
 
 
-def _decode(record: Record):  # type: ignore[no-untyped-def]
+def _decode(record: Record) -> Image.Image:
     image = decode(record.path)
     if record.size is not None and (image.height, image.width) != record.size:
         raise InputError(

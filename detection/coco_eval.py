@@ -58,7 +58,9 @@ def evaluate(annotations: str | Path, results: Sequence[dict[str, Any]]) -> dict
     truth = _coco(load_annotations(annotations))
     foreign = {row["image_id"] for row in results} - set(truth.imgs)
     if foreign:
-        raise InputError(f"detections of image {min(foreign)}, which {annotations} does not list: is it the right file?")
+        raise InputError(
+            f"detections of image {min(foreign)}, which {annotations} does not list: is it the right file?"
+        )
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints as it goes
         if results:
             detections = truth.loadRes(copy.deepcopy(list(results)))

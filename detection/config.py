@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from backbones.preprocess import DetectorPreprocess
-from backbones.schema import Section
+from backbones.schema import OptimizerName, Section
 
 
 class CocoData(Section):
@@ -18,9 +18,10 @@ class CocoData(Section):
 
 
 class DetectorTraining(Section):
-    """SGD with momentum, linear warm-up, cosine decay to zero, box-aware augmentation."""
+    """Linear warm-up, cosine decay to zero, box-aware augmentation."""
 
     epochs: int = Field(default=12, ge=1)
+    optimizer: OptimizerName = "sgd"
     lr: float = Field(default=0.01, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)

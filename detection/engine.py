@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ def train_one_epoch(
     loader: DataLoader[Any],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    lr: Callable[[int], float],
+    lrs: Sequence[float],
     *,
     clip_grad_norm: float,
     amp: bool,
     title: str,
 ) -> dict[str, float]:
-    """One pass over `loader`; `lr` maps a step of this epoch to its learning rate. Returns each loss's mean.
+    """One pass over `loader`; `lrs` has the learning rate of each step. Returns each loss's mean.
 
     Raises:
         InputError: the loss is not finite.
@@ -38,7 +38,7 @@ def train_one_epoch(
     progress = tqdm(loader, desc=title, leave=False, unit="batch")
     for step, (images, targets) in enumerate(progress):
         for group in optimizer.param_groups:
-            group["lr"] = lr(step)
+            group["lr"] = lrs[step]
         with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
             losses = model(
                 [image.to(device, non_blocking=True) for image in images],
@@ -50,7 +50,7 @@ def train_one_epoch(
             parts = ", ".join(f"{name} {part.item():.3g}" for name, part in losses.items())
             raise InputError(f"{title}: the loss is {value} at step {step} ({parts}): lower train.lr")
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad_norm)
         scaler.step(optimizer)

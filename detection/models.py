@@ -9,7 +9,7 @@ evaluation and artefacts see the same pixels.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from backbones.preprocess import DetectorPreprocess
 from backbones.schema import Section
 from backbones.weights import load_state, read_weights
 
-Detector = FasterRCNN | RetinaNet | FCOS
+Detector: TypeAlias = FasterRCNN | RetinaNet | FCOS
 FAMILIES = ("fasterrcnn", "retinanet", "fcos")
 
 

@@ -54,14 +54,14 @@ def topk_padded(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, index.clamp(max=x.shape[1] - 1)
 
 
-def translation_table() -> dict[Callable, Callable]:
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What `torch.onnx.export` needs as custom_translation_table to write `nms_keep`."""
     import onnx_ir
     from onnxscript import opset18
 
     op: Any = opset18  # its types know of arrays only, not of values in a graph
 
-    def onnx_nms_keep(boxes, scores, iou_threshold: float, max_per_class: int):
+    def onnx_nms_keep(boxes: Any, scores: Any, iou_threshold: float, max_per_class: int) -> Any:
         kept = op.NonMaxSuppression(  # [M,3]: image, class, box
             boxes,
             scores,

@@ -9,6 +9,7 @@ from backbones.checkpoint import load_checkpoint, pick_device, save_checkpoint, 
 from backbones.engine import warmup_cosine
 from backbones.errors import InputError
 from backbones.files import write_json
+from backbones.optim import create_optimizer
 from backbones.weights import save_weights
 from detection.augment import DetectionAugment
 from detection.coco import CocoSet, EvaluationImages, TrainingImages, create_loader, read_coco
@@ -38,8 +39,7 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
 
     spec = spec_of(config, len(training_set.classes) + 1)
     model = build_detector(spec, config.preprocess, config.weights_backbone).to(device)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+    optimizer = create_optimizer(model, train.optimizer, train.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
     output = Path(config.output)
     history: list[dict[str, float]] = []
@@ -53,7 +53,7 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
         warmup = round(train.warmup_epochs * len(loader))
         losses = train_one_epoch(
             model, loader, optimizer, scaler,
-            lambda step, done=done: train.lr * warmup_cosine(done + step, steps, warmup),  # type: ignore[misc]
+            [train.lr * warmup_cosine(done + step, steps, warmup) for step in range(len(loader))],
             clip_grad_norm=train.clip_grad_norm, amp=config.amp, title=f"epoch {epoch + 1}/{train.epochs}",
         )  # fmt: skip
         figures = coco_figures(str(data.annotations), evaluate(model, val_loader, training_set.category_ids))

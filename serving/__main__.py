@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from backbones.__main__ import add_config_arguments
-from backbones.errors import InputError, exit_on_input_error
+from backbones.cli import add_config_arguments, run_command
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -42,13 +41,14 @@ def _batch(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
+    from backbones.config import read_values
     from serving.evaluate import ArtifactSource, EndpointSource, ResultsSource, Source, run_eval
 
     source: Source
     if args.model:
         source = ArtifactSource(args.model, args.provider)
     elif args.endpoint:
-        source = EndpointSource(args.endpoint, args.config)
+        source = EndpointSource(args.endpoint, str(read_values(args.config, args.overrides).get("model")))
     else:
         source = ResultsSource(args.predictions)
     print(run_eval(args.config, args.overrides, source)[1])
@@ -98,9 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--output", default="runs/quickstart", metavar="DIR")
     command.set_defaults(run=_quickstart)
 
-    args = parser.parse_args(argv)
-    with exit_on_input_error():
-        args.run(args)
+    run_command(parser, argv)
 
 
 if __name__ == "__main__":

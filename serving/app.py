@@ -6,7 +6,6 @@ in front at `/`, which knows all of them. `serve.py` starts them on this machine
 
 import asyncio
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
 from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, read_image, read_parameter, respond, tensors
-from serving.runtime import OnnxModel, Provider
+from serving.runtime import OnnxModel, Provider, usable_cores
 from serving.schemas import classify_answer, detect_answer
 
 FRONT = "_front"  # no model's name, which starts with a letter or digit
@@ -58,7 +57,7 @@ class ModelReplica:
         self.model = OnnxModel(artifact, provider, threads)
         self.predictor = cast(Any, create_predictor(self.model))  # what one prepares, the other does not take
         self.endpoint = ENDPOINTS[self.model.metadata.task]
-        self.decoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="decode")
+        self.decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
         self.probe = self.predictor.prepare(_blank_image())
         for size in {1, max_batch_size}:
             self.predictor.predict([self.probe] * size)

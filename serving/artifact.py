@@ -12,7 +12,7 @@ from backbones.errors import InputError
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
 from backbones.schema import Section
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # what `_Artifact.schema_version` says
 KEY = "cspnet"
 
 
@@ -22,11 +22,13 @@ class Parity(Section):
     batch_sizes: tuple[int, ...] = ()
     images: int = 0
     detections: int = 0  # that were matched, of a detector
-    largest: dict[str, float] = {}  # by output: logits in units of their spread, scores, boxes in pixels
+    largest: dict[str, float] = Field(
+        default_factory=dict
+    )  # by output: logits in units of their spread, scores, boxes in pixels
 
 
 class _Artifact(Section):
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: str
     classes: tuple[str, ...]
     weights_sha256: str
@@ -76,7 +78,9 @@ def from_metadata(metadata: Mapping[str, str], path: object) -> Artifact:
         values = json.loads(metadata[KEY])
         version = values.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise InputError(f"{path} has metadata version {version}, not {SCHEMA_VERSION}: update cspnet or export again")
+            raise InputError(
+                f"{path} has metadata version {version}, not {SCHEMA_VERSION}: update cspnet or export again"
+            )
         return _ADAPTER.validate_python(values)
     except (ValidationError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):

@@ -4,6 +4,7 @@ One row an image, in the order of the input. `read_results` gives back what the 
 """
 
 import contextlib
+import gc
 import os
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from backbones.preprocess import ImageError
 from serving.artifact import KEY, Artifact, from_metadata, to_metadata
 from serving.predictor import Classification, Detections, Predictor, create_predictor
 from serving.ray_start import start_ray
-from serving.runtime import OnnxModel, Provider
+from serving.runtime import OnnxModel, Provider, usable_cores
 
 TOP_K = 5  # classes that a classifier's row keeps
 BATCHES_A_TASK = 8  # at most: enough to hide Ray's cost of a task, few enough for the progress bar to move
@@ -93,17 +94,14 @@ def run_batch(
     artifact = OnnxModel(model, "cpu", threads=1).metadata
     if Path(output).is_dir():
         raise InputError(f"output {output} is a folder: name a file in it, such as {Path(output) / 'results.parquet'}")
-    tables = (
-        pa.table({"name": [file.name for file in part], "source": [file.source for file in part]})
-        for part in _parts(files, batch_size * _batches_a_task(len(files), batch_size, actors))
-    )
+    tasks = list(_parts(files, batch_size * _batches_a_task(len(files), batch_size, actors)))
     with write_aside(output) as aside, tqdm(total=len(files), desc="batch", unit="image") as bar, _ray():
         worker = {
             "path": str(Path(model).absolute()),
             "provider": "cuda" if num_gpus else "cpu",
             "batch_size": batch_size,
         }
-        results = _stream(list(tables), worker, actors, num_gpus)
+        results = _stream(tasks, worker, actors, num_gpus)
         with contextlib.closing(results):
             errors = _write(results, aside, artifact, bar)
         assert bar.n == len(files), f"{len(files)} images went in and {bar.n} came out"
@@ -189,17 +187,18 @@ def _predict(predictor: Predictor, files: Sequence[File], prepared: Sequence[Fut
 
 
 class BatchWorker:
-    """A predictor in a Ray actor: a table of files in, tables of `SCHEMA` out."""
+    """A predictor in a Ray actor: a row with one task's files in, tables of `SCHEMA` out."""
 
     def __init__(self, path: str, provider: Provider, batch_size: int, threads: int):
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         threads = min(threads, cores)
         self.predictor = create_predictor(OnnxModel(path, provider, threads))
         self.batch_size = batch_size
         self.pool = ThreadPoolExecutor(threads if provider == "cpu" else cores, thread_name_prefix="decode")
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        files = [File(**record) for record in table.to_pylist()]
+        (task,) = table.to_pylist()
+        files = [File(*pair) for pair in zip(task["names"], task["sources"], strict=True)]
         for rows in predict_files(self.predictor, files, self.batch_size, self.pool):
             yield to_table(rows, self.predictor.metadata)
 
@@ -285,11 +284,11 @@ def _ray() -> Iterator[None]:
 
 
 def _stream(
-    tables: list[pa.Table], worker: dict[str, Any], actors: int, num_gpus: float
+    tasks: Sequence[Sequence[File]], worker: dict[str, Any], actors: int, num_gpus: float
 ) -> Generator[pa.Table, None, None]:
-    """The tables of files through a pool of actors, in order; Ray Data's backpressure bounds what waits."""
+    """The files of each task through a pool of actors, in order; Ray Data's backpressure bounds what waits."""
     import ray.data
-    from ray.exceptions import RayError
+    from ray.exceptions import RayTaskError
 
     total = ray.cluster_resources()
     free = ray.available_resources()
@@ -298,28 +297,30 @@ def _stream(
             f"{actors} actors with num_gpus={num_gpus} each, but Ray has {free.get('GPU', 0):g} GPUs free of "
             f"{total.get('GPU', 0):g}: ask for less"
         )
-    files = ray.data.from_arrow(tables)
+    # One row a task: Ray Data splits rows evenly, and a batch should not depend on how. Nor `from_arrow`, whose
+    # own tasks ask for a CPU and wait for ever if there is none.
+    items = [{"names": [file.name for file in task], "sources": [file.source for file in task]} for task in tasks]
+    files = ray.data.from_items(items, override_num_blocks=len(items))
     files.context.enable_progress_bars = False
     files.context.print_on_execution_start = False
     files.context.execution_options.preserve_order = True
     results = files.map_batches(
         BatchWorker,
-        fn_constructor_kwargs=worker | {"threads": max(1, int(total["CPU"]) // actors)},
-        batch_size=max(map(len, tables)),
+        fn_constructor_kwargs=worker | {"threads": max(1, int(total.get("CPU", 1)) // actors)},
+        batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
         # What others, such as Serve's replicas, leave over: asking for more would wait for ever.
-        num_cpus=min(1.0, free.get("CPU", 0.0) / actors),
+        num_cpus=min(100, int(100 * free.get("CPU", 0) / actors)) / 100,
         num_gpus=num_gpus,
     )
+    mistake = ""
     try:
         yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
-    except RayError as error:
-        raise _user_error(error) or error from None
-
-
-def _user_error(error: BaseException | None) -> InputError | None:
-    """The user's mistake that a worker found, if that is what Ray wrapped."""
-    while error is not None and not isinstance(error, InputError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
+    except RayTaskError as error:
+        if not isinstance(error.cause, InputError):
+            raise
+        mistake = str(error.cause).splitlines()[0]  # Ray Data adds lines of its own
+    if mistake:
+        gc.collect()  # the actors of a failed job stop when nothing refers to them, which tracebacks do
+        raise InputError(mistake)

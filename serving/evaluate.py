@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from backbones.config import ClassifierConfig, load_config
-from backbones.cspnet import get_variant
+from backbones.cspnet import ALIASES, get_variant
 from backbones.errors import InputError
 from backbones.evaluate import summary as classifier_summary
 from backbones.files import write_json
@@ -69,7 +69,7 @@ class EndpointSource:
         model: which network it has to be, if the server's URL alone is given.
     """
 
-    def __init__(self, url: str, model: str):
+    def __init__(self, url: str, model: str = ""):
         self.name = "endpoint"
         self.url, _, name = url.rstrip("/").partition("/v2/models/")
         with Client(self.url) as client:
@@ -92,6 +92,7 @@ class EndpointSource:
 
 def _find_model(client: Client, network: str) -> str:
     names = [str(entry["name"]) for entry in client.models()]
+    network = ALIASES.get(network, network)
     found = [name for name in names if client.artifact(name).model == network]
     if len(found) != 1:
         raise InputError(

@@ -124,8 +124,8 @@ def _match(one: Detections, other: Detections, artifact: DetectorArtifact) -> li
             pairs.append((float(abs(other.scores[same][nearest] - score)), float(off[nearest])))
         elif score > floor + TOLERANCE["scores"]:
             raise InputError(
-                f"the graph and PyTorch disagree: a detection of {artifact.classes[index]} with score {score:.4f} is in "
-                "one alone; no artefact is written"
+                f"the graph and PyTorch disagree: only one of them finds a {artifact.classes[index]} "
+                f"with score {score:.4f}; no artefact is written"
             )
     return pairs
 

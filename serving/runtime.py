@@ -15,6 +15,11 @@ Provider = Literal["auto", "cpu", "cuda"]
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cuda_devices() -> int:
     """CUDA devices that the driver shows. onnxruntime lists its CUDA provider without any, so it cannot be asked."""
     try:
@@ -51,7 +56,7 @@ class OnnxModel:
         if wanted == "cuda":
             ort.preload_dlls()  # the CUDA libraries of the installed wheels
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or usable_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:

@@ -2,6 +2,8 @@
 
 from typing import TypedDict
 
+import numpy as np
+
 from serving.artifact import Artifact, DetectorArtifact
 from serving.predictor import Classification, Detections
 

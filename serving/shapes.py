@@ -23,10 +23,10 @@ Box = tuple[float, float, float, float]
 
 def background(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """A random texture: coarse and fine noise over a colour."""
-    coarse = rng.normal(0, 35, (height // 16 + 2, width // 16 + 2, 3))
+    coarse = rng.normal(0, 20, (height // 16 + 2, width // 16 + 2, 3))
     base = np.clip(rng.uniform(60, 195, 3) + coarse, 0, 255).astype(np.uint8)
     picture = Image.fromarray(base).resize((width, height), Image.Resampling.BICUBIC)
-    fine = rng.normal(0, 9, (height, width, 3))
+    fine = rng.normal(0, 6, (height, width, 3))
     return Image.fromarray(np.clip(np.asarray(picture) + fine, 0, 255).astype(np.uint8))
 
 
@@ -64,7 +64,7 @@ def draw_classification(root: Path, counts: dict[str, int], seed: int, size: int
 
 
 def draw_detection(root: Path, counts: dict[str, int], seed: int, size: int = 128) -> None:
-    """`root/<split>/*.jpg` and `root/<split>.json` in COCO's format; none to four shapes an image.
+    """`root/<split>/*.jpg` and `root/<split>.json` in COCO's format; none to nine shapes an image.
 
     Images are landscape or portrait; category ids have gaps, as COCO's have.
     """
@@ -88,17 +88,15 @@ def draw_detection(root: Path, counts: dict[str, int], seed: int, size: int = 12
             file_name = f"{i:04d}.jpg"
             image.save(root / split / file_name, quality=92)
             images.append({"id": i + 1, "file_name": file_name, "width": width, "height": height})
-        write_json(
-            root / f"{split}.json", {"images": images, "annotations": annotations, "categories": categories}
-        )
+        write_json(root / f"{split}.json", {"images": images, "annotations": annotations, "categories": categories})
 
 
 def _scatter(rng: np.random.Generator, image: Image.Image) -> list[tuple[str, Box]]:
-    """Draw up to four shapes that do not touch; one image in 16 or so stays empty."""
+    """Draw up to nine shapes that do not touch; one image in 16 or so stays empty."""
     drawn: list[tuple[str, Box]] = []
     circles: list[tuple[float, float, float]] = []
-    for _ in range(0 if rng.random() < 1 / 16 else int(rng.integers(1, 5))):
-        radius = rng.uniform(0.1, 0.25) * max(image.size)
+    for _ in range(0 if rng.random() < 1 / 16 else int(rng.integers(3, 10))):
+        radius = rng.uniform(0.08, 0.18) * max(image.size)
         x, y = (float(rng.uniform(radius, side - radius)) for side in image.size)
         if all(math.hypot(x - cx, y - cy) > radius + r for cx, cy, r in circles):
             name = CLASSES[int(rng.integers(len(CLASSES)))]

@@ -36,9 +36,7 @@ class TinyBackbone(nn.Module):
         strides = (4, 2, 2, 2)
         inputs = (3, CHANNELS, CHANNELS, CHANNELS)
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(c, CHANNELS, 3 if s == 2 else 7, s, 1 if s == 2 else 3), nn.ReLU()
-            )
+            nn.Sequential(nn.Conv2d(c, CHANNELS, 3 if s == 2 else 7, s, 1 if s == 2 else 3), nn.ReLU())
             for c, s in zip(inputs, strides, strict=True)
         )
         self.first = 1 if one_stage else 0
@@ -68,13 +66,9 @@ def build(family: str, **settings: float) -> nn.Module:
         model = FCOS(backbone, NUM_CLASSES, size_divisible=128, **settings)
     else:
         settings = {"topk_candidates": 200, "score_thresh": 0.3} | settings
-        sizes = tuple(
-            (x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128, 256)
-        )
+        sizes = tuple((x, int(x * 2 ** (1 / 3)), int(x * 2 ** (2 / 3))) for x in (16, 32, 64, 128, 256))
         anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
-        model = RetinaNet(
-            backbone, NUM_CLASSES, anchor_generator=anchors, size_divisible=128, **settings
-        )
+        model = RetinaNet(backbone, NUM_CLASSES, anchor_generator=anchors, size_divisible=128, **settings)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
@@ -112,9 +106,7 @@ def detect(detector: nn.Module, images: Tensor, sizes: Tensor) -> list[np.ndarra
 
 def detect_torchvision(model: nn.Module, images: Tensor, sizes: Tensor) -> list[list[np.ndarray]]:
     """Boxes, scores and labels of each image."""
-    crops = [
-        x[:h, :w].permute(2, 0, 1).float() / 255 for x, (h, w) in zip(images, sizes, strict=True)
-    ]
+    crops = [x[:h, :w].permute(2, 0, 1).float() / 255 for x, (h, w) in zip(images, sizes, strict=True)]
     with torch.no_grad():
         found = model(crops)
     return [[x[key].numpy() for key in ("boxes", "scores", "labels")] for x in found]

@@ -1,0 +1,95 @@
+"""The quickstart's page: the table, the curves and annotated pictures in one HTML file without external resources."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from backbones.files import write_aside
+from serving.predictor import Detections
+
+COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .3rem 1rem; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child, td:first-child {{ text-align: left }}
+img {{ max-width: 100% }}
+figure {{ display: inline-block; margin: .5rem }}
+figcaption {{ font-size: .85rem; color: #555 }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+def annotate(image: Image.Image, found: Detections, classes: Sequence[str], zoom: int = 2) -> Image.Image:
+    """A copy of an image, `zoom` times as large, with its detections drawn."""
+    drawn = image.resize((image.width * zoom, image.height * zoom))
+    draw = ImageDraw.Draw(drawn)
+    for box, score, index in zip(found.boxes.tolist(), found.scores.tolist(), found.indices.tolist(), strict=True):
+        x1, y1, x2, y2 = (value * zoom for value in box)
+        draw.rectangle((x1, y1, x2, y2), outline=COLORS[index % len(COLORS)], width=2)
+        label = f"{classes[index]} {score:.2f}"
+        place = (x1, max(0.0, y1 - 11))
+        draw.rectangle(draw.textbbox(place, label), fill=COLORS[index % len(COLORS)])
+        draw.text(place, label, fill="white")
+    return drawn
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """One panel a title; in it one line a name, over epochs from 1."""
+    figure = Figure(figsize=(4.5 * len(panels), 3), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, values in lines.items():
+            axes.plot(range(1, len(values) + 1), values, marker=".", label=name)
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def write_page(
+    path: Path,
+    title: str,
+    header: Sequence[str],
+    table: Sequence[Sequence[str]],
+    figure: Figure,
+    pictures: Sequence[tuple[Image.Image, str]],
+    notes: Sequence[str],
+) -> None:
+    """Write the page; `pictures` come with captions."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table)
+    parts = [
+        "".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in header)}</tr>{rows}</table>",
+        f'<h2>Training</h2><img alt="training curves" src="{_data_url(buffer.getvalue(), "image/svg+xml")}">',
+        "<h2>Held-out pictures, as the endpoint sees them</h2>",
+        *(_figure(image, caption) for image, caption in pictures),
+    ]
+    with write_aside(path) as aside:
+        aside.write_text(_PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
+
+
+def _figure(image: Image.Image, caption: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    text = html.escape(caption)
+    source = _data_url(buffer.getvalue(), "image/png")
+    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

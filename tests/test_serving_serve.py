@@ -1,0 +1,87 @@
+"""A service that cannot start says why in one line, and starts nothing."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from artifacts import write_classifier
+from pydantic import ValidationError
+
+from backbones.config import load_config
+from backbones.errors import InputError
+from serving.config import ServedModel, ServingConfig
+from serving.serve import _reason, start
+
+CONFIG = Path(__file__).parent.parent / "configs/serving/local.yaml"
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Failing leaves no files and no flags."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    before = _flags()
+    yield
+    assert not list(folder.iterdir())
+    assert _flags() == before
+
+
+def _flags() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
+
+
+def _fails(artifact: Path, port: int = 0) -> str:
+    with pytest.raises(InputError) as caught:
+        start(ServingConfig(port=port, models=(ServedModel(name="a", artifact=str(artifact)),)))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_busy_port(tmp_path: Path) -> None:
+    artifact = write_classifier(tmp_path / "a.onnx")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert _fails(artifact, port) == f"port {port} is busy: choose another, such as port={port + 1}"
+
+
+def test_bad_artefacts(tmp_path: Path) -> None:
+    assert "model 'a': no artefact at " in _fails(tmp_path / "missing.onnx")
+    whole = write_classifier(tmp_path / "a.onnx").read_bytes()
+    (tmp_path / "short.onnx").write_bytes(whole[:200])
+    assert "short.onnx is no ONNX file that onnxruntime loads" in _fails(tmp_path / "short.onnx")
+    (tmp_path / "other.onnx").write_bytes(whole.replace(b"cspnet", b"others"))
+    assert "carries no cspnet metadata" in _fails(tmp_path / "other.onnx")
+
+
+def test_reason_is_the_line_that_matters() -> None:
+    ours = "Failed to update the deployments ['a'].\nTraceback:\n  raise\nbackbones.errors.InputError: no GPU\n"
+    assert _reason(["The deployment failed to start 3 times", ours]) == "no GPU"
+    assert _reason(["Traceback:\n  boom()\nRuntimeError: boom\n\n"]) == "RuntimeError: boom"
+    assert _reason([""]).startswith("Ray says no more")
+
+
+def test_config_file() -> None:
+    config = load_config(ServingConfig, CONFIG, ["port=0", "models.1.num_gpus=0.5"])
+    assert [model.name for model in config.models] == ["classifier", "detector"]
+    assert config.models[1].num_gpus == 0.5
+    with pytest.raises(InputError, match="did you mean 'models.0.replicas'"):
+        load_config(ServingConfig, CONFIG, ["models.0.replica=2"])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_batch_size": 128}, "batches would never fill"),
+        ({"provider": "cuda"}, "num_gpus above 0"),
+        ({"name": "a/b"}, "pattern"),
+    ],
+)
+def test_values_that_do_not_go_together(values: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        ServedModel.model_validate({"name": "a", "artifact": "a.onnx", **values})
