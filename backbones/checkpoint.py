@@ -13,7 +13,8 @@ from backbones.files import write_aside
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
+    """`auto` is CUDA where there is one, else the CPU, which is told to round denormal numbers to zero: detectors
+    come to hold so many of them that a training step takes ten times as long.
 
     Raises:
         InputError: no such device here.
@@ -22,6 +23,7 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
+        torch.set_flush_denormal(True)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

