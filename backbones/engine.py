@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from backbones.cspnet import CSPNet
 from backbones.errors import InputError
 from backbones.metrics import Accuracy, rank
 from backbones.preprocess import ClassifierPreprocess
+from backbones.progress import progress
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -52,8 +52,8 @@ def train_one_epoch(
     model.train()
     device = next(model.parameters()).device
     total = right = seen = 0.0
-    progress = tqdm(loader, desc=title, leave=False, unit="batch")
-    for step, (pixels, targets) in enumerate(progress):
+    bar = progress(loader, desc=title, unit="batch")
+    for step, (pixels, targets) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = lrs[step]
         targets = targets.to(device, non_blocking=True)
@@ -70,7 +70,7 @@ def train_one_epoch(
         total += value * len(targets)
         right += (logits.argmax(1) == targets).sum().item()
         seen += len(targets)
-        progress.set_postfix(loss=f"{total / seen:.3f}")
+        bar.set_postfix(loss=f"{total / seen:.3f}")
     return {"loss": total / seen, "train_top1": right / seen}
 
 
@@ -82,7 +82,7 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     accuracy = Accuracy(classes)
-    for pixels, targets in tqdm(loader, desc=title, unit="batch", leave=False):
+    for pixels, targets in progress(loader, desc=title, unit="batch"):
         logits = model(normalize(pixels.to(device, non_blocking=True), preprocess))
         accuracy.update(rank(logits.float().cpu().numpy(), 5), targets.numpy())
     return accuracy.compute()

@@ -21,7 +21,7 @@ from backbones.schema import Section
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; ImageNet's and COCO's largest are below 62 million
+MAX_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB as RGB; ImageNet's and COCO's largest have below 62 million
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
 
 Pixels = npt.NDArray[np.uint8]
@@ -114,7 +114,7 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Im
             upright: Image.Image = ImageOps.exif_transpose(image)
     except ImageError:
         raise
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name} has more pixels than the limit of {max_pixels}: make it smaller") from None
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist") from None

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from backbones.errors import InputError
 from backbones.preprocess import Fitted, canvas_size
+from backbones.progress import progress
 from detection.coco import to_image
 from detection.coco_eval import to_results
 from detection.models import Detector
@@ -35,8 +35,8 @@ def train_one_epoch(
     model.train()
     device = next(model.parameters()).device
     sums: dict[str, float] = defaultdict(float)
-    progress = tqdm(loader, desc=title, leave=False, unit="batch")
-    for step, (images, targets) in enumerate(progress):
+    bar = progress(loader, desc=title, unit="batch")
+    for step, (images, targets) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = lrs[step]
         with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
@@ -57,7 +57,7 @@ def train_one_epoch(
         scaler.update()
         for name, part in {"loss": loss, **losses}.items():
             sums[name] += part.item()
-        progress.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}")
+        bar.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}")
     return {name: total / len(loader) for name, total in sums.items()}
 
 
@@ -72,7 +72,7 @@ def evaluate(
     device = next(model.parameters()).device
     divisor = int(model.transform.size_divisible)
     results = []
-    for image_ids, batch in tqdm(loader, desc=title, leave=False, unit="batch"):
+    for image_ids, batch in progress(loader, desc=title, unit="batch"):
         canvases: dict[tuple[int, int], list[tuple[int, Fitted]]] = defaultdict(list)
         for image_id, fitted in zip(image_ids, batch, strict=True):
             canvases[canvas_size(fitted.pixels, divisor)].append((image_id, fitted))

@@ -6,6 +6,7 @@ strides, and the anchors follow the strides. One thing differs: a detector takes
 evaluation and artefacts see the same pixels.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 
 from backbones.cspnet import ALIASES, VARIANTS, CSPNet, create_model
 from backbones.errors import InputError, unknown
@@ -121,9 +123,14 @@ def _faster_rcnn(body: CSPNet, num_classes: int, channels: int, given: dict[str,
     backbone = BackboneWithFPN(body, ("c2", "c3", "c4", "c5"), channels, LastLevelMaxPool())
     sizes = tuple((8 * stride,) for stride in backbone.strides)  # 32 ... 512
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    pool = MultiScaleRoIAlign(list(backbone.levels), output_size=7, sampling_ratio=2)
+    # Left to itself it guesses the strides from the first images, and wrongly if those do not fill their canvas.
+    strides = backbone.strides[: len(backbone.levels)]
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
     names = {"score": "box_score_thresh", "nms": "box_nms_thresh", "detections": "box_detections_per_img"}
     settings = {names[key]: value for key, value in given.items()}
-    return FasterRCNN(backbone, num_classes, rpn_anchor_generator=anchors, **settings)
+    return FasterRCNN(backbone, num_classes, rpn_anchor_generator=anchors, box_roi_pool=pool, **settings)
 
 
 _ONE_STAGE = {"score": "score_thresh", "nms": "nms_thresh", "detections": "detections_per_img"}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from backbones.errors import InputError
 from backbones.files import IMAGE_SUFFIXES, list_images, write_aside
 from backbones.preprocess import ImageError
+from backbones.progress import progress
 from serving.artifact import KEY, Artifact, from_metadata, to_metadata
 from serving.predictor import Classification, Detections, Predictor, create_predictor
 from serving.ray_start import start_ray
@@ -95,7 +96,7 @@ def run_batch(
     if Path(output).is_dir():
         raise InputError(f"output {output} is a folder: name a file in it, such as {Path(output) / 'results.parquet'}")
     tasks = list(_parts(files, batch_size * _batches_a_task(len(files), batch_size, actors)))
-    with write_aside(output) as aside, tqdm(total=len(files), desc="batch", unit="image") as bar, _ray():
+    with write_aside(output) as aside, progress(total=len(files), desc="batch", unit="image") as bar, _ray():
         worker = {
             "path": str(Path(model).absolute()),
             "provider": "cuda" if num_gpus else "cpu",

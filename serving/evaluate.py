@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from backbones.config import ClassifierConfig, load_config
 from backbones.cspnet import ALIASES, get_variant
@@ -20,6 +19,7 @@ from backbones.evaluate import summary as classifier_summary
 from backbones.files import write_json
 from backbones.imagenet import list_samples
 from backbones.metrics import Accuracy
+from backbones.progress import progress
 from detection.coco import read_coco
 from detection.coco_eval import evaluate as coco_figures
 from detection.coco_eval import to_results
@@ -176,7 +176,7 @@ def _ap(config: DetectorConfig, source: Source, artifact: DetectorArtifact) -> d
 
 def _shown(rows: Iterator[Row], total: int, title: str) -> Iterator[Row]:
     """Rows with a progress bar; an image without a result stops the evaluation with its name."""
-    for row in tqdm(rows, total=total, desc=f"evaluating {title}", unit="image", leave=False):
+    for row in progress(rows, total=total, desc=f"evaluating {title}", unit="image"):
         if row.error is not None:
             raise InputError(f"{row.path}: {row.error}")
         yield row

@@ -1,0 +1,16 @@
+"""Progress bars: live on a terminal, a line now and then in a log; no torch here."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+LOG_INTERVAL_S = 15.0
+
+
+def progress(items: Iterable[T] | None = None, **settings: Any) -> "tqdm[T]":
+    """`tqdm(items, **settings)`, seldom redrawn where stderr is a file or a pipe."""
+    interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
+    return tqdm(items, mininterval=interval, leave=False, dynamic_ncols=True, **settings)

@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+
+from backbones.config import ClassifierConfig, load_config
+from backbones.errors import InputError
+from detection.config import DetectorConfig
+from serving.config import ServingConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+QUICKSTART = CONFIGS / "quickstart" / "classifier.yaml"
+
+
+def schema(path: Path) -> type:
+    if path.parent.name == "serving":
+        return ServingConfig
+    return DetectorConfig if "_fpn" in path.read_text() else ClassifierConfig
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_file_is_valid_and_opens_with_its_command(path):
+    load_config(schema(path), path)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# python -m ")
+    assert str(path.relative_to(CONFIGS.parent)) in first
+
+
+def test_overrides_reach_every_depth():
+    config = load_config(
+        ClassifierConfig, QUICKSTART, ["train.lr=1e-3", "data.workers=1", "weights=a=b.pth", "amp=true"]
+    )
+    assert (config.train.lr, config.data.workers, config.weights, config.amp) == (0.001, 1, "a=b.pth", True)
+    served = load_config(ServingConfig, CONFIGS / "serving" / "local.yaml", ["models.1.replicas=3", "port=0"])
+    assert [model.replicas for model in served.models] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle=x", "unknown key 'modle': did you mean 'model'"),
+        ("train.learning_rate=1", "unknown key 'train.learning_rate'"),
+        ("train.epoch=1", "did you mean 'train.epochs'"),
+        ("train.lr=fast", "train.lr='fast': "),
+        ("train.lr=-1", "train.lr=-1: .*greater than 0"),
+        ("train.optimizer=lamb", "'sgd' or 'adamw'"),
+        ("preprocess.crop=99", "crop 99 is larger than resize 64"),
+        ("train", "override 'train' has no '='"),
+        ("model.name=x", "'model' is a plain value"),
+        ("data.root={a", "is not valid YAML"),
+    ],
+)
+def test_a_mistake_names_the_key_and_the_remedy(override, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_config(ClassifierConfig, QUICKSTART, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot read config"), ("a: [", "not valid YAML"), ("- a", "must hold a mapping"), ("", "mapping")],
+)
+def test_a_file_that_is_no_config(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_config(ClassifierConfig, path)
+
+
+def test_missing_keys_are_named(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("num_classes: 3\n")
+    with pytest.raises(InputError, match="model is missing: .*preprocess is missing"):
+        load_config(ClassifierConfig, path)

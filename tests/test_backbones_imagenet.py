@@ -1,0 +1,170 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+from scipy.io import savemat
+from shared_data import real
+
+from backbones.__main__ import main
+from backbones.config import ClassifierConfig, ImageData, load_config
+from backbones.errors import InputError
+from backbones.imagenet import list_samples, wordnet_ids
+from backbones.metrics import Accuracy, rank
+
+CONFIG = Path(__file__).parents[1] / "configs" / "imagenet" / "cspresnet50.yaml"
+
+
+def folders(root: Path, names, images=2) -> Path:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(images):
+            Image.new("RGB", (40, 40), (hash(name) % 255, i, 0)).save(root / name / f"{i}.JPEG")
+    return root
+
+
+def flat(root: Path, count=4) -> Path:
+    root.mkdir()
+    for i in range(count):
+        Image.new("RGB", (40, 40)).save(root / f"ILSVRC2012_val_{i + 1:08d}.JPEG")
+    return root
+
+
+def targets(data: ImageData, num_classes: int) -> list[int]:
+    return [sample.target for sample in list_samples(data, "val", num_classes)[0]]
+
+
+def test_wordnet_ids_are_imagenets():
+    path = Path(timm.__file__).parent / "data" / "_info" / "imagenet_synsets.txt"
+    assert list(wordnet_ids()) == path.read_text().split()
+    assert list(wordnet_ids()) == sorted(set(wordnet_ids()))
+
+
+def test_subset_of_imagenet_keeps_imagenets_indices(tmp_path):
+    root = folders(tmp_path / "val", ["n01440764", "n03888257"])
+    assert targets(ImageData(root=str(root)), 1000) == [0, 0, 701, 701]
+    assert targets(ImageData(root=str(tmp_path)), 1000) == [0, 0, 701, 701]  # its split is found
+    assert targets(ImageData(root=str(root)), 2) == [0, 0, 1, 1]  # of a model with two classes they are the classes
+
+
+def test_numbers_are_indices_and_names_are_sorted(tmp_path):
+    assert targets(ImageData(root=str(folders(tmp_path / "a", ["0", "999", "10"], 1))), 1000) == [0, 10, 999]
+    samples, classes = list_samples(ImageData(root=str(folders(tmp_path / "b", ["dog", "cat"], 1))), "val", 2)
+    assert classes == ["cat", "dog"]
+    assert [sample.path.parent.name for sample in samples] == ["cat", "dog"]
+
+
+def test_flat_folder_with_ground_truth(tmp_path):
+    root = flat(tmp_path / "val")
+    truths = {
+        "wnids.txt": "n03888257\nn01440764\nn01440764\nn03888257\n",
+        "indices.txt": "701\n0\n0\n701\n",
+        "caffe.txt": "".join(f"ILSVRC2012_val_{i + 1:08d}.JPEG {c}\n" for i, c in enumerate([701, 0, 0, 701])),
+        "kaggle.csv": "ImageId,PredictionString\n"
+        + "".join(
+            f"ILSVRC2012_val_{i + 1:08d},{c} 1 2 3 4\n"
+            for i, c in enumerate(["n03888257", "n01440764", "n01440764", "n03888257"])
+        ),
+    }
+    for name, text in truths.items():
+        (tmp_path / name).write_text(text)
+        data = ImageData(root=str(root), ground_truth=str(tmp_path / name))
+        assert targets(data, 1000) == [701, 0, 0, 701], name
+
+
+def test_devkit_ids_go_through_meta_mat(tmp_path):
+    root = flat(tmp_path / "val")
+    truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("1\n2\n2\n1\n")
+    data = ImageData(root=str(root), ground_truth=str(truth))
+    with pytest.raises(InputError, match="may hold class indices .* or ILSVRC2012 ids .*data.label_ids=index"):
+        targets(data, 1000)
+    assert targets(data.model_copy(update={"label_ids": "index"}), 1000) == [1, 2, 2, 1]
+    kind = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("num_children", "i4")]
+    synsets = np.array([(1, "n02119789", 0), (2, "n02100735", 0), (1001, "n02084071", 9)], dtype=kind)
+    savemat(tmp_path / "meta.mat", {"synsets": synsets.reshape(-1, 1)})
+    expected = [wordnet_ids().index(wnid) for wnid in ("n02119789", "n02100735", "n02100735", "n02119789")]
+    assert targets(data, 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "num_classes", "message"),
+    [
+        (lambda p: p, {"root": None}, 2, "data.root is not set"),
+        (lambda p: p, {"root": "nowhere"}, 2, "data.root=nowhere is no folder"),
+        (lambda p: p, {}, 2, "has no images: give a folder of class folders"),
+        (flat, {}, 2, "has images but no class folders: give data.ground_truth=FILE"),
+        (lambda p: folders(p, ["a", "b"], 0), {}, 2, "no images .* below"),
+        (lambda p: folders(p, ["a", "b"]), {}, 3, "has 2 class folders but num_classes=3: set num_classes=2"),
+        (lambda p: folders(p, ["0", "7"]), {}, 5, "/7 is no class of a model with num_classes=5"),
+        (lambda p: folders(p, ["n00000000"]), {}, 1000, "n00000000 is none of ImageNet-1k's WordNet ids"),
+        (flat, {"ground_truth": "nothing.txt"}, 2, "cannot read data.ground_truth=nothing.txt"),
+        (flat, {"ground_truth": "one.txt"}, 2, "has 1 lines but .* has 4 images"),
+        (flat, {"ground_truth": "cat.txt"}, 2, "'cat' is neither a class number nor a WordNet id"),
+    ],
+)
+def test_bad_data_is_an_error_with_a_remedy(tmp_path, monkeypatch, make, values, num_classes, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("1\n")
+    (tmp_path / "cat.txt").write_text("cat\n" * 4)
+    root = tmp_path / "data"
+    if make(root) == root and not root.exists():
+        root.mkdir()
+    with pytest.raises(InputError, match=message):
+        targets(ImageData(**{"root": str(root), **values}), num_classes)
+
+
+def test_accuracy_by_hand():
+    logits = np.array([[0.9, 0.5, 0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.0] * 6])
+    accuracy = Accuracy(list("abcdef"))
+    accuracy.update(rank(logits, 5), np.array([0, 0, 1]))
+    result = accuracy.compute()
+    assert (result["top1"], result["top5"], result["images"]) == (1 / 3, 2 / 3, 3)
+    assert result["per_class"] == {
+        "a": {"images": 2, "top1": 0.5, "top5": 0.5},
+        "b": {"images": 1, "top1": 0.0, "top5": 1.0},  # of equal logits the lower index is first
+    }
+    with pytest.raises(InputError, match="not finite"):
+        rank(np.array([[np.nan, 1.0]]), 1)
+
+
+def test_eval_command_writes_a_result(tmp_path, capsys):
+    root = folders(tmp_path / "data" / "val", ["n01440764", "n03888257"])
+    main(["eval", str(CONFIG), f"data.root={root.parent}", "weights=null", "model=cspresnet10", "data.workers=0",
+          "preprocess.resize=32", "preprocess.crop=32", f"output={tmp_path / 'run'}"])  # fmt: skip
+    assert "top-1" in capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert result["images"] == 4
+    assert set(result["per_class"]) == {"n01440764", "n03888257"}
+    assert result["preprocess"]["crop"] == 32
+    assert result["versions"]["torch"]
+
+
+def test_eval_command_says_a_mistake_in_a_line(tmp_path, capsys):
+    root = folders(tmp_path / "data" / "val", ["0", "1"])
+    (root / "1" / "0.JPEG").write_bytes(b"broken")
+    arguments = [str(CONFIG), f"data.root={root}", "weights=null", "model=cspresnet10", f"output={tmp_path / 'run'}"]
+    for workers in (0, 1):  # a worker wraps the error in its traceback
+        with pytest.raises(SystemExit) as stop:
+            main(["eval", *arguments, f"data.workers={workers}", "preprocess.resize=32", "preprocess.crop=32"])
+        assert stop.value.code == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith(f"error: {root / '1' / '0.JPEG'} cannot be decoded")
+    assert not (tmp_path / "run").exists()
+
+
+def test_real_subset_of_ten_classes():
+    data = ImageData(root=str(real("imagenette")))
+    samples, _ = list_samples(data, "val", 1000)
+    index = json.loads((real("imagenette") / "wnid_to_imagenet_index.json").read_text())
+    assert len(samples) == 500
+    assert {(sample.path.parent.name, sample.target) for sample in samples} == set(index.items())
+
+
+def test_published_protocols_are_in_the_configs():
+    for path in CONFIG.parent.glob("*.yaml"):
+        config = load_config(ClassifierConfig, path)
+        assert config.preprocess.resize == 288
+        assert config.preprocess.interpolation == "bilinear"
