@@ -2,15 +2,14 @@
 
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-T = TypeVar("T")
 LOG_INTERVAL_S = 15.0
 
 
-def progress(items: Iterable[T] | None = None, **settings: Any) -> "tqdm[T]":
+def progress(items: Iterable[Any] | None = None, **settings: Any) -> "tqdm[Any]":
     """`tqdm(items, **settings)`, seldom redrawn where stderr is a file or a pipe."""
     interval = 0.1 if sys.stderr.isatty() else LOG_INTERVAL_S
     return tqdm(items, mininterval=interval, leave=False, dynamic_ncols=True, **settings)

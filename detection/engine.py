@@ -79,7 +79,9 @@ def evaluate(
         for members in canvases.values():
             outputs = model([to_image(fitted.pixels).to(device) for _, fitted in members])
             for (image_id, fitted), output in zip(members, outputs, strict=True):
-                boxes = fitted.to_original(output["boxes"].float().cpu().numpy())
+                # The background, label 0, is no detection: one-stage detectors have an unused output for it.
+                output = {key: value[output["labels"] > 0].cpu() for key, value in output.items()}
+                boxes = fitted.to_original(output["boxes"].float().numpy())
                 categories = [category_ids[label - 1] for label in output["labels"].tolist()]
-                results += to_results(image_id, boxes, output["scores"].float().cpu().numpy(), categories)
+                results += to_results(image_id, boxes, output["scores"].float().numpy(), categories)
     return results

@@ -30,7 +30,7 @@ class ServerError(InputError):
 
 
 class Client:
-    """One server, over connections that are kept. Use it from one thread, or one client a thread.
+    """One server, over connections that are kept; threads may share it.
 
     A 503 and a broken connection are tried again: an answer depends on nothing but the image.
 

@@ -4,9 +4,9 @@ The data sets and the metric are those of `backbones eval` and `detection eval`;
 from elsewhere, so that the figures can be held side by side.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,16 +75,12 @@ class EndpointSource:
         with Client(self.url) as client:
             self.model = name or _find_model(client, model)
             self.metadata = client.artifact(self.model)
-        self._local = threading.local()
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            yield from pool.map(self._row, paths)
+        with Client(self.url) as client, ThreadPoolExecutor(CONNECTIONS) as pool:
+            yield from pool.map(partial(self._row, client), paths)
 
-    def _row(self, path: Path) -> Row:
-        if not hasattr(self._local, "client"):
-            self._local.client = Client(self.url)  # one a thread
-        client: Client = self._local.client
+    def _row(self, client: Client, path: Path) -> Row:
         if isinstance(self.metadata, ClassifierArtifact):
             return Row(str(path), parse_classify(client.classify(self.model, path, top_k=5)))
         return Row(str(path), parse_detect(client.detect(self.model, path), self.metadata))

@@ -20,7 +20,7 @@ from backbones.preprocess import classifier_pixels, decode, detector_pixels
 from detection.coco import to_image
 from detection.models import Detector
 from serving.artifact import ClassifierArtifact, DetectorArtifact, Parity
-from serving.predictor import Detections
+from serving.predictor import Detections, detections
 from serving.predictor import Detector as DetectorPredictor
 from serving.runtime import OnnxModel
 from serving.shapes import CLASSES, background, draw_shape
@@ -98,10 +98,7 @@ def compare_detector(model: Detector, onnx_model: OnnxModel, images: Sequence[Im
         fitted = [detector_pixels(image, onnx_model.metadata.preprocess) for image in batch]
         for item, found in zip(fitted, predictor.predict(fitted), strict=True):
             output = model([to_image(item.pixels)])[0]
-            expected = Detections(
-                boxes=item.to_original(output["boxes"].numpy()), scores=output["scores"].numpy(),
-                indices=output["labels"].numpy() - 1, size=item.original,
-            )  # fmt: skip
+            expected = detections(output["boxes"].numpy(), output["scores"].numpy(), output["labels"].numpy(), item)
             for one, other in ((expected, found), (found, expected)):
                 pairs = _match(one, other, onnx_model.metadata)
                 matched += len(pairs)

@@ -91,12 +91,17 @@ class Detector:
 
 def _detections(outputs: dict[str, npt.NDArray[Any]], row: int, item: Fitted) -> Detections:
     k = int(outputs["num_detections"][row])
-    return Detections(
-        boxes=item.to_original(outputs["boxes"][row, :k]),
-        scores=outputs["scores"][row, :k],
-        indices=outputs["labels"][row, :k] - 1,  # label 0 is the background
-        size=item.original,
-    )
+    return detections(outputs["boxes"][row, :k], outputs["scores"][row, :k], outputs["labels"][row, :k], item)
+
+
+def detections(
+    boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], item: Fitted
+) -> Detections:
+    """A detector's own output for one image. Label 0, the background, is no detection: one-stage detectors have
+    an output for it that training never asks for.
+    """
+    object_ = labels > 0
+    return Detections(item.to_original(boxes[object_]), scores[object_], labels[object_] - 1, item.original)
 
 
 Predictor = Classifier | Detector

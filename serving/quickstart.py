@@ -127,7 +127,7 @@ def _pictures(root: Path, url: str) -> list[tuple[Image.Image, str]]:
         assert isinstance(artifact, DetectorArtifact)
         for path in list_images(root / "data/detection/val")[:8]:
             with Image.open(path) as image:
-                found = parse_detect(client.detect("detector", path, score_threshold=0.3), artifact)
+                found = parse_detect(client.detect("detector", path, score_threshold=0.4), artifact)
                 pictures.append((annotate(image.convert("RGB"), found, artifact.classes), path.name))
         for path in list_images(root / "data/classification/val")[::25]:
             best = client.classify("classifier", path, top_k=1)["predictions"][0]

@@ -37,7 +37,8 @@ def annotate(image: Image.Image, found: Detections, classes: Sequence[str], zoom
     """A copy of an image, `zoom` times as large, with its detections drawn."""
     drawn = image.resize((image.width * zoom, image.height * zoom))
     draw = ImageDraw.Draw(drawn)
-    for box, score, index in zip(found.boxes.tolist(), found.scores.tolist(), found.indices.tolist(), strict=True):
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.indices.tolist(), strict=True)
+    for box, score, index in reversed(list(rows)):  # the best on top
         x1, y1, x2, y2 = (value * zoom for value in box)
         draw.rectangle((x1, y1, x2, y2), outline=COLORS[index % len(COLORS)], width=2)
         label = f"{classes[index]} {score:.2f}"

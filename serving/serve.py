@@ -37,6 +37,7 @@ COMMON = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would copy the working directory to each worker
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # replicas without a GPU see none
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
 }
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
@@ -144,13 +145,14 @@ def _stop(names: Sequence[str] | None) -> None:
     """Shut Serve down, or on a cluster delete the applications of these names, and leave Ray."""
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     def end() -> None:
-        if names is None:
-            serve.shutdown()
-            return
-        for name in names:
-            serve.delete(name)
+        with contextlib.suppress(RayError):  # a controller that never came up
+            if names is None:
+                serve.shutdown()
+            for name in names or ():
+                serve.delete(name)
 
     if ray.is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
@@ -214,6 +216,7 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
 
 def _deploy(config: ServingConfig, applications: Sequence["ServedApplication"]) -> None:
     from ray import serve
+    from ray.exceptions import RayError
     from ray.serve.schema import LoggingConfig
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -221,7 +224,11 @@ def _deploy(config: ServingConfig, applications: Sequence["ServedApplication"]) 
     # A replica answers 408 itself; Ray does for what waits to get there.
     timeout_s = max(model.timeout_s for model in config.models) + 1
     options = {"host": config.host, "port": config.port, "request_timeout_s": timeout_s}
-    serve.start(http_options=options, logging_config=quiet)
+    try:
+        serve.start(http_options=options, logging_config=quiet)
+    except (RayError, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"Ray Serve did not start ({reason}): is the machine overloaded? try again") from None
     targets = [
         serve.RunTarget(target=a.application, name=a.name, route_prefix=a.prefix, logging_config=quiet)
         for a in applications

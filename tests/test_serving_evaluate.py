@@ -1,0 +1,151 @@
+"""One number: the checkpoint, the artefact, the endpoint and the batch job agree, image by image."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_serving_export import classifier_weights, detector_weights
+
+import backbones.evaluate
+import detection.evaluate
+from backbones.config import ClassifierConfig, load_config
+from backbones.errors import InputError
+from backbones.files import write_json
+from detection.config import DetectorConfig
+from serving.__main__ import main
+from serving.batch import run_batch
+from serving.config import ServingConfig
+from serving.evaluate import ArtifactSource, EndpointSource, ResultsSource, run_eval
+from serving.export import run_export
+from serving.serve import start
+from serving.shapes import CLASSES, draw_classification, draw_detection
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
+
+
+def draw_three_classes(root: Path, images: int) -> None:
+    draw_classification(root, {"val": images}, seed=1, size=48)
+    shutil.rmtree(root / "val" / CLASSES[3])  # the tiny classifier has three classes
+
+
+def annotate_own_detections(root: Path, config: str, overrides: list[str]) -> None:
+    """Make every third detection of the random detector the truth, so that there is something to find."""
+    path = root / "d" / "val.json"
+    images = json.loads(path.read_text())["images"]
+    categories = [{"id": 5, "name": "cat"}, {"id": 90, "name": "dog"}]
+    write_json(path, {"images": images, "categories": categories, "annotations": []})
+    detection.evaluate.run_eval(load_config(DetectorConfig, config, [*overrides, f"weights={root / 'd.safetensors'}"]))
+    found = json.loads((root / "detections.json").read_text())[::3]
+    truth = [{key: row[key] for key in ("image_id", "category_id", "bbox")} for row in found]
+    write_json(path, {"images": images, "categories": categories, "annotations": truth})
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Data, artefacts, batch results and a live service; and the two commands' arguments."""
+    root = tmp_path_factory.mktemp("line")
+    torch.manual_seed(0)
+    draw_three_classes(root / "c", 30)
+    draw_detection(root / "d", {"val": 13}, seed=1, size=160)
+    run_export(str(classifier_weights(root / "c.safetensors")), root / "c.onnx")
+    run_export(str(detector_weights(root / "d.safetensors")), root / "d.onnx")
+    classifier = [
+        f"data.root={root / 'c'}", "num_classes=3", "preprocess.resize=40", "preprocess.crop=32", f"output={root}",
+    ]  # fmt: skip
+    detector = [
+        f"data.images={root / 'd' / 'val'}", f"data.annotations={root / 'd' / 'val.json'}", f"output={root}",
+        "preprocess.min_size=96", "preprocess.max_size=128", "score_threshold=0.2", "max_detections=30",
+    ]  # fmt: skip
+    annotate_own_detections(root, str(CONFIGS / "detector.yaml"), detector)
+    models = [{"name": name, "artifact": str(root / f"{name}.onnx")} for name in "cd"]
+    with start(ServingConfig.model_validate({"port": 0, "models": models})) as service:
+        run_batch(root / "c.onnx", root / "c" / "val", root / "c.parquet", batch_size=4)
+        run_batch(root / "d.onnx", root / "d", root / "d.parquet", batch_size=3)
+        yield (
+            root,
+            service.url,
+            (str(CONFIGS / "classifier.yaml"), classifier),
+            (str(CONFIGS / "detector.yaml"), detector),
+        )
+
+
+def sources(root: Path, url: str, name: str):
+    endpoint = EndpointSource(f"{url}/v2/models/{name}")
+    return ArtifactSource(root / f"{name}.onnx"), endpoint, ResultsSource(root / f"{name}.parquet")
+
+
+def test_classifier(line):
+    root, url, (config, overrides), _ = line
+    checkpoint = load_config(ClassifierConfig, config, [*overrides, f"weights={root / 'c.safetensors'}"])
+    expected = backbones.evaluate.run_eval(checkpoint)
+    for source in sources(root, url, "c"):
+        result, _ = run_eval(config, overrides, source)
+        assert {key: result[key] for key in ("top1", "top5", "images", "per_class")} == {
+            key: expected[key] for key in ("top1", "top5", "images", "per_class")
+        }, source.name
+
+
+def test_detector(line):
+    root, url, _, (config, overrides) = line
+    checkpoint = load_config(DetectorConfig, config, [*overrides, f"weights={root / 'd.safetensors'}"])
+    expected = detection.evaluate.run_eval(checkpoint)
+    assert 0 < expected["AP50"] < 1
+    for source in sources(root, url, "d"):
+        result, _ = run_eval(config, overrides, source)
+        assert result["AP50"] == pytest.approx(expected["AP50"], abs=1e-6), source.name
+        assert result["detections"] == expected["detections"]
+
+
+@pytest.mark.parametrize("name", ["c", "d"])
+def test_artefact_endpoint_and_job_agree_to_the_bit(line, name):
+    root, url, _, _ = line
+    paths = sorted(path for path in (root / name / "val").rglob("*") if path.is_file())
+    artifact, endpoint, job = (list(source.rows(paths)) for source in sources(root, url, name))
+    assert len(artifact) == len(paths)
+    for one, *others in zip(artifact, endpoint, job, strict=True):
+        for other in others:
+            if name == "c":
+                np.testing.assert_array_equal(one.result.indices[:5], other.result.indices[:5])
+                np.testing.assert_array_equal(one.result.probabilities[:5], other.result.probabilities[:5])
+            else:
+                assert one.result.size == other.result.size
+                for part in ("boxes", "scores", "indices"):
+                    np.testing.assert_array_equal(getattr(one.result, part), getattr(other.result, part))
+
+
+def test_commands(line, capsys):
+    root, url, (config, overrides), (detector, more) = line
+    main(["eval", config, "--model", str(root / "c.onnx"), *overrides])  # overrides may follow options
+    main(["eval", config, *overrides, "--endpoint", url])  # the one model of the config's network is found
+    main(["eval", detector, *more, "--predictions", str(root / "d.parquet")])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-3].split(";")[0] == lines[-2].split(";")[0]
+    assert "AP50" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["model=cspresnext10"], "the config's model is cspresnext10, the artefact's is cspresnet10"),
+        (["preprocess.crop=30"], "the config's preprocess is resize 40 bicubic, centre crop 30, the artefact's is"),
+        (["data.root=/nowhere"], "data.root=/nowhere is no folder"),
+    ],
+)
+def test_another_protocol_or_data_set_is_refused(line, extra, message):
+    root, _, (config, overrides), _ = line
+    with pytest.raises(InputError, match=message):
+        run_eval(config, [*overrides, *extra], ArtifactSource(root / "c.onnx"))
+
+
+def test_results_of_another_data_set_and_broken_images(line, tmp_path):
+    root, _, (config, overrides), _ = line
+    draw_three_classes(tmp_path, 12)
+    (tmp_path / "val" / "circle" / "9999.png").write_bytes(b"broken")
+    here = [*overrides, f"data.root={tmp_path}"]
+    with pytest.raises(InputError, match="has no row for .*9999.png"):
+        run_eval(config, here, ResultsSource(root / "c.parquet"))
+    with pytest.raises(InputError, match=r"9999.png.*cannot be decoded"):
+        run_eval(config, here, ArtifactSource(root / "c.onnx"))
