@@ -31,7 +31,7 @@ def run_eval(config: ClassifierConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     torch.manual_seed(config.seed)  # random weights, if none are given, are the same every time
     model = create_model(config.model, config.num_classes, config.weights, ignore_head=config.ignore_head)
-    weights = resolve(config.weights, model) if config.weights else None
+    weights = resolve(config.weights, model.variant.hub) if config.weights else None
     dataset = ImageNet(samples, config.preprocess)
     loader = create_loader(dataset, config.data.batch_size, config.data.workers)
     with torch.autocast(device.type, enabled=config.amp):

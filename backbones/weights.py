@@ -48,7 +48,7 @@ def load_weights(model: "CSPNet", source: str | Path, *, ignore_head: bool = Fal
     Raises:
         InputError: nothing there, an unsafe pickle, or weights of another architecture or head size.
     """
-    state, metadata = read_weights(resolve(source, model))
+    state, metadata = read_weights(resolve(source, model.variant.hub))
     said = metadata.get("model", model.name)
     if said != model.name:
         raise InputError(f"{source} holds weights of {said}, not of {model.name}: set model={said}")
@@ -61,12 +61,19 @@ def load_weights(model: "CSPNet", source: str | Path, *, ignore_head: bool = Fal
     return metadata
 
 
-def resolve(source: str | Path, model: "CSPNet") -> Path:
-    """The local file of `source`; what is remote is downloaded once, to torch.hub's cache."""
+def resolve(source: str | Path, hub: str | None = None) -> Path:
+    """The local file of `source`; what is remote is downloaded once, to torch.hub's cache.
+
+    Args:
+        hub: the repository that `timm` stands for, from the table of variants.
+
+    Raises:
+        InputError: nothing there.
+    """
     if source == "timm":
-        if model.variant.hub is None:
-            raise InputError(f"no published weights of {model.name}: give a path or a URL, or train them")
-        source = HUB.format(repository=model.variant.hub)
+        if hub is None:
+            raise InputError("'timm' publishes no weights of this network: give a path or a URL, or train them")
+        source = HUB.format(repository=hub)
     if re.match(r"https?://", str(source)):
         return _download(str(source))
     if not Path(source).is_file():

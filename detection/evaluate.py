@@ -9,6 +9,7 @@ from backbones.checkpoint import pick_device
 from backbones.errors import InputError
 from backbones.evaluate import versions
 from backbones.files import sha256, write_json
+from backbones.weights import resolve
 from detection.coco import CocoSet, EvaluationImages, create_loader, read_coco
 from detection.coco_eval import evaluate as coco_figures
 from detection.config import DetectorConfig
@@ -45,7 +46,7 @@ def run_eval(config: DetectorConfig) -> dict[str, Any]:
     result = coco_figures(config.data.annotations, results) | {
         "model": config.model,
         "weights": config.weights,
-        "weights_sha256": sha256(config.weights) if config.weights else None,
+        "weights_sha256": sha256(resolve(config.weights)) if config.weights else None,
         "preprocess": preprocess.model_dump(),
         "data": config.data.model_dump(),
         "cleaned": dataset.cleaned,

@@ -25,7 +25,7 @@ from backbones.cspnet import ALIASES, VARIANTS, CSPNet, create_model
 from backbones.errors import InputError, unknown
 from backbones.preprocess import DetectorPreprocess
 from backbones.schema import Section
-from backbones.weights import load_state, read_weights
+from backbones.weights import load_state, read_weights, resolve
 
 Detector: TypeAlias = FasterRCNN | RetinaNet | FCOS
 FAMILIES = ("fasterrcnn", "retinanet", "fcos")
@@ -180,7 +180,7 @@ def load_detector(path: str | Path, **overrides: Any) -> tuple[Detector, dict[st
     Raises:
         InputError: no file, or not a detector's weights.
     """
-    state, metadata = read_weights(path)
+    state, metadata = read_weights(resolve(path))
     if metadata.get("task") != "detection":
         what = metadata.get("model", "foreign weights")
         raise InputError(f"{path} holds {what}, no detector: give the .safetensors that `detection train` wrote")

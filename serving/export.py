@@ -57,24 +57,23 @@ def run_export(weights: str, output: str | Path, *, model: str | None = None, im
     """
     if Path(output).suffix != ".onnx":
         raise InputError(f"-o {output}: an artefact's name ends in .onnx")
-    metadata = read_weights(weights)[1] if Path(weights).is_file() else {}
+    path = resolve(weights, get_variant(model)[1].hub if model else None)
+    metadata = read_weights(path)[1]
     if metadata.get("task") == "detection":
-        return _export_detector(weights, Path(output), images)
-    return _export_classifier(weights, Path(output), model or metadata.get("model"), images, metadata)
+        return _export_detector(path, Path(output), images)
+    return _export_classifier(path, Path(output), metadata | ({"model": model} if model else {}), images)
 
 
-def _export_classifier(
-    weights: str, output: Path, name: str | None, images: str | None, metadata: dict[str, Any]
-) -> Artifact:
-    if name is None:
+def _export_classifier(weights: Path, output: Path, metadata: dict[str, Any], images: str | None) -> Artifact:
+    if "model" not in metadata:
         raise InputError(f"{weights} does not say which network it is of: give --model, such as --model cspresnet50")
-    name, variant = get_variant(name)
+    name, variant = get_variant(metadata["model"])
     classes = metadata.get("classes") or class_names(1000)
     model = create_model(name, len(classes), weights).eval()
     preprocess = ClassifierPreprocess.model_validate(metadata.get("preprocess", variant.preprocess))
     artifact = ClassifierArtifact(
         model=name, classes=tuple(classes), preprocess=preprocess, parity=Parity(),
-        weights_sha256=sha256(resolve(weights, model)), config=metadata.get("config", {}), versions=_versions(),
+        weights_sha256=sha256(weights), config=metadata.get("config", {}), versions=_versions(),
     )  # fmt: skip
     compared = pictures(images, preprocess.resize, preprocess.resize)
     graph = _trace(
@@ -85,7 +84,7 @@ def _export_classifier(
     return _write(graph, artifact, output, lambda onnx_model: compare_classifier(model, onnx_model, compared))
 
 
-def _export_detector(weights: str, output: Path, images: str | None) -> Artifact:
+def _export_detector(weights: Path, output: Path, images: str | None) -> Artifact:
     model, metadata = load_detector(weights)
     model.eval()
     preprocess = DetectorPreprocess.model_validate(metadata["preprocess"])

@@ -37,7 +37,7 @@ def detector_weights(path: Path, family: str = "fcos") -> Path:
     model = randomize(build_detector(spec, SIZE))
     for name, parameter in model.named_parameters():
         if "cls_logits" in name or "cls_score" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.5)
     metadata = {"task": "detection", "model": spec.model, "detector": spec.model_dump(), "classes": ["cat", "dog"]}
     metadata |= {"category_ids": [5, 90], "preprocess": SIZE.model_dump(), "config": {}}
     save_weights(path, model, metadata)
