@@ -38,6 +38,8 @@ def detector_weights(path: Path, family: str = "fcos") -> Path:
     for name, parameter in model.named_parameters():
         if "cls_logits" in name or "cls_score" in name:
             torch.nn.init.normal_(parameter, std=0.5)
+        if "cls_logits.bias" in name:  # of (anchor, class): training makes the background of one-stage heads rare
+            parameter.data.view(-1, spec.num_classes)[:, 0] = -10
     metadata = {"task": "detection", "model": spec.model, "detector": spec.model_dump(), "classes": ["cat", "dog"]}
     metadata |= {"category_ids": [5, 90], "preprocess": SIZE.model_dump(), "config": {}}
     save_weights(path, model, metadata)
