@@ -21,7 +21,8 @@ class Parity(Section):
 
     batch_sizes: tuple[int, ...] = ()
     images: int = 0
-    detections: int = 0  # that were matched, of a detector
+    detections: int = 0  # of both sides, of a detector
+    unmatched: int = 0  # among them: where two overlap and score alike, either may win
     largest: dict[str, float] = Field(
         default_factory=dict
     )  # by output: logits in units of their spread, scores, boxes in pixels
