@@ -29,7 +29,8 @@ def _eval(args: argparse.Namespace) -> None:
     config = load_config(ClassifierConfig, args.config, args.overrides)
     print(f"{config.model}, weights {config.weights}: {config.preprocess}")
     result = run_eval(config)
-    print(json.dumps(result["per_class"], indent=2) if args.per_class else "", end="")
+    if args.per_class:
+        print(json.dumps(result["per_class"], indent=2))
     print(f"{summary(result)}; {config.output}/eval.json")
 
 

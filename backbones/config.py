@@ -1,5 +1,6 @@
 """Run configs: one flat YAML file a run, checked against a schema, overridable by dotted keys; no torch here."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ClassifierPreprocess
-from backbones.schema import OptimizerName, Section
+from backbones.schema import Device, OptimizerName, Section, Seed
 
 
 class ImageData(Section):
@@ -51,8 +52,8 @@ class ClassifierConfig(Section):
     data: ImageData = ImageData()
     preprocess: ClassifierPreprocess
     train: ClassifierTraining = ClassifierTraining()
-    seed: int = 0
-    device: str = "auto"
+    seed: Seed = 0
+    device: Device = "auto"
     amp: bool = False
     resume: bool = False  # go on from the output folder's last.pt
     output: str = "runs/classifier"
@@ -101,10 +102,15 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _parse(text: str, override: str) -> Any:
+    """A number, a boolean, null, a list or `{...}` as YAML; anything else, such as a path, as it stands."""
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"the value of override {override!r} is not valid YAML; quote it") from None
+    quoted = text[:1] in ("'", '"')
+    if (isinstance(value, str) and not quoted) or (isinstance(value, dict) and not text.startswith("{")):
+        return os.path.expanduser(text)
+    return value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -1,7 +1,5 @@
 """The work of `python -m backbones eval`: a checkpoint's top-1 and top-5 under its protocol."""
 
-import importlib.metadata
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +7,11 @@ import torch
 
 from backbones.checkpoint import pick_device
 from backbones.config import ClassifierConfig
-from backbones.cspnet import create_model
+from backbones.cspnet import create_model, get_variant
 from backbones.engine import evaluate
-from backbones.files import sha256, write_json
+from backbones.files import check_writable, sha256, versions, write_json
 from backbones.imagenet import ImageNet, create_loader, list_samples
-from backbones.weights import resolve
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of the named packages, to be kept beside a result."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+from backbones.weights import read_metadata, resolve
 
 
 def run_eval(config: ClassifierConfig) -> dict[str, Any]:
@@ -27,11 +20,13 @@ def run_eval(config: ClassifierConfig) -> dict[str, Any]:
     Raises:
         InputError: no data, no weights, or classes that do not fit.
     """
-    samples, classes = list_samples(config.data, config.data.split, config.num_classes)
+    check_writable(config.output)
+    weights = resolve(config.weights, get_variant(config.model)[1].hub) if config.weights else None
+    trained_on = read_metadata(weights).get("classes") if weights and not config.ignore_head else None
+    samples, classes = list_samples(config.data, config.data.split, config.num_classes, trained_on)
     device = pick_device(config.device)
     torch.manual_seed(config.seed)  # random weights, if none are given, are the same every time
-    model = create_model(config.model, config.num_classes, config.weights, ignore_head=config.ignore_head)
-    weights = resolve(config.weights, model.variant.hub) if config.weights else None
+    model = create_model(config.model, config.num_classes, weights, ignore_head=config.ignore_head)
     dataset = ImageNet(samples, config.preprocess)
     loader = create_loader(dataset, config.data.batch_size, config.data.workers)
     with torch.autocast(device.type, enabled=config.amp):
@@ -49,7 +44,7 @@ def run_eval(config: ClassifierConfig) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A result in two lines."""
+    """A result in a line."""
     return (
         f"top-1 {100 * result['top1']:.3f}  top-5 {100 * result['top5']:.3f}  "
         f"on {result['images']} images of {len(result['per_class'])} classes"

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,31 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files anywhere below a folder, recognised by their suffixes and sorted."""
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """The image files anywhere below a folder, recognised by their suffixes and sorted; hidden ones are left out."""
+    return sorted(path for path in Path(folder).rglob("*") if _is_image(path.relative_to(folder)) and path.is_file())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Find out before the work, not after it, that results cannot be kept.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    with contextlib.suppress(_Kept), write_aside(Path(folder) / "probe"):
+        raise _Kept
+
+
+class _Kept(Exception):
+    """Leaves `write_aside` without a file."""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of the named packages, to be kept beside a result."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 @contextlib.contextmanager
@@ -27,6 +52,8 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         InputError: the folder cannot be made or written to.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)

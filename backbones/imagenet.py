@@ -24,6 +24,7 @@ from backbones.errors import InputError
 from backbones.files import IMAGE_SUFFIXES, list_images
 from backbones.preprocess import ClassifierPreprocess, classifier_pixels, decode
 
+SPLITS = ("train", "val", "valid", "validation", "test")
 WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -44,11 +45,14 @@ def class_names(num_classes: int) -> list[str]:
     return list(wordnet_ids()) if num_classes == 1000 else [str(i) for i in range(num_classes)]
 
 
-def list_samples(data: ImageData, split: str, num_classes: int) -> tuple[list[Sample], list[str]]:
+def list_samples(
+    data: ImageData, split: str, num_classes: int, classes: Sequence[str] | None = None
+) -> tuple[list[Sample], list[str]]:
     """The images with their class indices, sorted by path, and the names of the `num_classes` classes.
 
-    Class folders named by numbers are class indices. WordNet ids are ImageNet's indices if the model has
-    1000 classes, a subset of them included. Otherwise the folders are the classes, in sorted order.
+    Class folders named by numbers are class indices. Other names are those of `classes`, what the model was
+    trained on, if it is known. WordNet ids are ImageNet's if the model has 1000 classes. In both cases some
+    of the classes will do. Otherwise the folders are the classes, in sorted order.
 
     Raises:
         InputError: nothing there, or classes that the model does not have.
@@ -58,23 +62,39 @@ def list_samples(data: ImageData, split: str, num_classes: int) -> tuple[list[Sa
     root = Path(data.root)
     if not root.is_dir():
         raise InputError(f"data.root={data.root} is no folder: give the data set's folder")
-    folder = root / split if (root / split).is_dir() else root
+    folder = split_folder(root, split)
     if data.ground_truth is not None:
-        return _flat(folder, data, num_classes), class_names(num_classes)
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        return _flat(folder, data, num_classes), list(classes or class_names(num_classes))
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         flat = any(list_images(folder))
         problem = "images but no class folders" if flat else "no images"
         remedy = "give data.ground_truth=FILE" if flat else "give a folder of class folders as data.root"
         raise InputError(f"{folder} has {problem}: {remedy}")
-    indices, classes = _class_indices(names, folder, num_classes)
+    indices, known = _class_indices(names, folder, num_classes, classes)
     samples = [Sample(path, i) for name, i in zip(names, indices, strict=True) for path in list_images(folder / name)]
     if not samples:
         raise InputError(f"no images ({', '.join(IMAGE_SUFFIXES)}) below {folder}: is it the right folder?")
-    return samples, classes
+    return samples, known
 
 
-def _class_indices(names: Sequence[str], folder: Path, num_classes: int) -> tuple[list[int], list[str]]:
+def split_folder(root: Path, split: str) -> Path:
+    """`root/split`, or `root` itself where there are no splits.
+
+    Raises:
+        InputError: there are splits, but not this one.
+    """
+    if (root / split).is_dir():
+        return root / split
+    others = [name for name in SPLITS if (root / name).is_dir()]
+    if others:
+        raise InputError(f"{root} has no folder {split!r} but {', '.join(others)}: set data.split or data.train_split")
+    return root
+
+
+def _class_indices(
+    names: Sequence[str], folder: Path, num_classes: int, classes: Sequence[str] | None
+) -> tuple[list[int], list[str]]:
     if all(name.isdecimal() for name in names):
         indices = [int(name) for name in names]
         if max(indices) >= num_classes:
@@ -82,9 +102,16 @@ def _class_indices(names: Sequence[str], folder: Path, num_classes: int) -> tupl
                 f"{folder}/{names[indices.index(max(indices))]} is no class of a model with num_classes={num_classes}: "
                 "number the folders from 0"
             )
-        return indices, class_names(num_classes)
+        return indices, list(classes or class_names(num_classes))
+    if classes is not None and set(names) <= set(classes):
+        return [classes.index(name) for name in names], list(classes)
     if num_classes == 1000 and all(WORDNET_ID.fullmatch(name) for name in names):
         return [_index_of(name, folder) for name in names], class_names(1000)
+    if classes is not None:
+        foreign = min(set(names) - set(classes))
+        raise InputError(
+            f"{folder}/{foreign} is none of the model's classes, {', '.join(classes[:5])}…: wrong data set?"
+        )
     if len(names) != num_classes:
         raise InputError(
             f"{folder} has {len(names)} class folders but num_classes={num_classes}: "
@@ -109,6 +136,8 @@ def _flat(folder: Path, data: ImageData, num_classes: int) -> list[Sample]:
         lines = [line.strip() for line in truth.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read data.ground_truth={truth}: {error}") from None
+    if not lines:
+        raise InputError(f"data.ground_truth={truth} is empty: one line an image")
     named = dict(_named_labels(lines))
     if named:
         missing = [path.name for path in images if path.stem not in named]
@@ -127,7 +156,7 @@ def _named_labels(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Pairs of file stem and label from `name label` lines or from a CSV such as Kaggle's LOC_val_solution.csv."""
     for row in csv.reader(lines) if "," in lines[0] else map(str.split, lines):
         if len(row) >= 2 and row[0] != "ImageId":
-            yield Path(row[0]).stem, row[1].split()[0]
+            yield Path(row[0]).stem, (row[1].split() or [""])[0]
 
 
 def _targets(labels: Sequence[str], truth: Path, kind: str, num_classes: int) -> list[int]:

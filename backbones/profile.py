@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-adds, activations; counted on the meta device, without memory."""
+"""What a network costs: parameters and multiply-adds, counted on the meta device, without memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,10 @@ from backbones.cspnet import VARIANTS, create_model
 
 @dataclass(frozen=True)
 class Profile:
-    """`params` and `activations` (outputs of convolutions and linear layers) in millions, `gmacs` in billions."""
+    """`params` in millions, `gmacs` in billions."""
 
     params: float
     gmacs: float
-    activations: float
 
 
 def profile(name: str, size: int, num_classes: int = 1000) -> Profile:
@@ -28,13 +27,11 @@ def profile(name: str, size: int, num_classes: int = 1000) -> Profile:
     with torch.device("meta"):
         model = create_model(name, num_classes).eval()
         image = torch.empty(1, 3, size, size)
-    norms, activations = [0], [0]
+    norms = [0]
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
         if isinstance(module, nn.BatchNorm2d):
             norms[0] += output.numel()
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            activations[0] += output.numel()
 
     for module in model.modules():
         module.register_forward_hook(count)
@@ -42,7 +39,7 @@ def profile(name: str, size: int, num_classes: int = 1000) -> Profile:
         model(image)
     macs = flops.get_total_flops() // 2 + 2 * norms[0]
     params = sum(parameter.numel() for parameter in model.parameters())
-    return Profile(params / 1e6, macs / 1e9, activations[0] / 1e6)
+    return Profile(params / 1e6, macs / 1e9)
 
 
 def table() -> str:

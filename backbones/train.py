@@ -1,20 +1,17 @@
 """The work of `python -m backbones train`: from an image folder to weights, with a checkpoint an epoch."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from backbones.augment import TrainAugment
-from backbones.checkpoint import load_checkpoint, pick_device, save_checkpoint, seed_everything
+from backbones.checkpoint import Run, pick_device, seed_everything
 from backbones.config import ClassifierConfig
 from backbones.cspnet import create_model
 from backbones.engine import evaluate, train_one_epoch, warmup_cosine
 from backbones.errors import InputError
-from backbones.files import write_json
 from backbones.imagenet import ImageNet, create_loader, list_samples
 from backbones.optim import create_optimizer
-from backbones.weights import save_weights
 
 
 def run_train(config: ClassifierConfig) -> dict[str, Any]:
@@ -29,6 +26,10 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
     device, train = pick_device(config.device), config.train
     samples, classes = list_samples(config.data, config.data.train_split, config.num_classes)
     held_out, val_classes = list_samples(config.data, config.data.split, config.num_classes)
+    if config.data.batch_size == 1:
+        raise InputError("data.batch_size=1: BatchNorm cannot train on one image; give at least 2")
+    if {sample.path for sample in samples} & {sample.path for sample in held_out}:
+        raise InputError(f"{config.data.root} has no separate {config.data.split!r} folder to evaluate on: make one")
     if val_classes != classes:
         raise InputError(f"{config.data.root}: the class folders of the training and validation splits differ")
     augment = TrainAugment(
@@ -41,12 +42,9 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
     model = create_model(config.model, config.num_classes, config.weights, ignore_head=config.ignore_head).to(device)
     optimizer = create_optimizer(model, train.optimizer, train.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
-    output = Path(config.output)
-    history: list[dict[str, float]] = []
-    if config.resume:
-        history = load_checkpoint(output / "last.pt", model, optimizer, scaler)["history"]
+    run = Run(config, model, optimizer, scaler, "top1", _metadata(config, model.name, classes))
 
-    for epoch in range(len(history), train.epochs):
+    for epoch in range(len(run.history), train.epochs):
         augment.epoch = epoch
         loader = create_loader(
             training_set, config.data.batch_size, config.data.workers, shuffle_seed=config.seed + epoch
@@ -59,17 +57,12 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
             label_smoothing=train.label_smoothing, amp=config.amp, title=f"epoch {epoch + 1}/{train.epochs}",
         )  # fmt: skip
         result = evaluate(model, val_loader, config.preprocess, classes)
-        history.append({"epoch": epoch + 1} | figures | {"top1": result["top1"], "top5": result["top5"]})
         print(
             f"epoch {epoch + 1}/{train.epochs}: loss {figures['loss']:.3f}, "
             f"top-1 {100 * result['top1']:.2f}, top-5 {100 * result['top5']:.2f}"
         )
-        if result["top1"] >= max(entry["top1"] for entry in history):
-            save_weights(output / "best.safetensors", model, _metadata(config, model.name, classes))
-        save_checkpoint(output / "last.pt", model, optimizer, scaler, {"history": history})
-        write_json(output / "history.json", history)
-    best = max(history, key=lambda entry: entry["top1"])
-    return {"best": best, "history": history, "weights": str(output / "best.safetensors")}
+        run.finish_epoch(figures | {"top1": result["top1"], "top5": result["top5"]})
+    return run.result()
 
 
 def _metadata(config: ClassifierConfig, name: str, classes: list[str]) -> dict[str, Any]:
@@ -79,5 +72,6 @@ def _metadata(config: ClassifierConfig, name: str, classes: list[str]) -> dict[s
         "num_classes": config.num_classes,
         "classes": classes,
         "preprocess": config.preprocess.model_dump(),
-        "config": config.model_dump(mode="json"),
+        # Without paths: who trained it where is nobody's business.
+        "config": config.model_dump(mode="json", include={"model", "num_classes", "train", "seed", "amp"}),
     }

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,7 +72,7 @@ def resolve(source: str | Path, hub: str | None = None) -> Path:
     """
     if source == "timm":
         if hub is None:
-            raise InputError("'timm' publishes no weights of this network: give a path or a URL, or train them")
+            raise InputError("there are no published weights of this network, or it is not named: give a path or a URL")
         source = HUB.format(repository=hub)
     if re.match(r"https?://", str(source)):
         return _download(str(source))
@@ -82,15 +82,15 @@ def resolve(source: str | Path, hub: str | None = None) -> Path:
 
 
 def _download(url: str) -> Path:
-    parts = urlsplit(url)
-    # The whole URL's path names the file: every hub repository calls its file model.safetensors.
-    path = Path(torch.hub.get_dir()) / "checkpoints" / "cspnet" / (parts.netloc + parts.path).replace("/", "--")
+    # The whole URL names the file: every hub repository calls its file model.safetensors.
+    path = Path(torch.hub.get_dir()) / "checkpoints" / "cspnet" / quote(url, safe="")[-200:]
     if not path.is_file():
         with write_aside(path) as aside:
             try:
                 torch.hub.download_url_to_file(url, str(aside))
             except (URLError, OSError) as error:
                 raise InputError(f"cannot download {url} ({error}): fetch it elsewhere and give its path") from None
+            read_weights(aside)  # half a file must not stay
     return path
 
 
@@ -110,10 +110,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _canonical(_unwrap(_read_pickle(path), path)), {}
 
 
-def _read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What our safetensors say about themselves, without reading the weights; {} of any other file."""
+    with open(path, "rb") as file:
+        if file.read(9)[8:9] != b"{":
+            return {}
+    return _read_safetensors(path, keys=())[1]
+
+
+def _read_safetensors(path: str | Path, keys: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            state = {key: file.get_tensor(key) for key in (file.keys() if keys is None else keys)}
             metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{path} is a broken safetensors file ({error}): fetch it again") from None

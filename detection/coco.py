@@ -22,6 +22,7 @@ from backbones.preprocess import DetectorPreprocess, Fitted, decode, detector_pi
 from detection.augment import DetectionAugment
 
 Target = dict[str, Tensor]
+MIN_SIDE = 0.1  # pixels; a box thinner than that may vanish when it is scaled in float32
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,22 @@ class CocoSet:
     classes: tuple[str, ...]
     cleaned: dict[str, int] = field(default_factory=lambda: {"crowds": 0, "clipped": 0, "dropped": 0})
 
+    def check_categories(self, ids: Sequence[int], classes: Sequence[str], model: object) -> None:
+        """That a model's categories are this data set's.
+
+        Raises:
+            InputError: they have no id in common, or one id with two names.
+        """
+        theirs, ours = dict(zip(ids, classes, strict=True)), dict(zip(self.category_ids, self.classes, strict=True))
+        if not theirs.keys() & ours.keys():
+            raise InputError(f"{model} and the annotations have no category id in common: is it the right data set?")
+        for category in theirs.keys() & ours.keys():
+            if theirs[category] != ours[category]:
+                raise InputError(
+                    f"category {category} is {theirs[category]!r} for {model} and {ours[category]!r} in the "
+                    "annotations: is it the right data set?"
+                )
+
     def __str__(self) -> str:
         boxes = sum(len(record.labels) for record in self.records)
         empty = sum(not len(record.labels) for record in self.records)
@@ -65,8 +82,6 @@ def read_coco(images: str | None, annotations: str | None, what: str = "data") -
     if not Path(images).is_dir():
         raise InputError(f"{what}images={images} is no folder")
     raw = load_annotations(annotations)
-    if not raw["images"]:
-        raise InputError(f"{annotations} lists no images")
     categories = sorted(raw["categories"], key=lambda category: category["id"])
     label_of = {category["id"]: i + 1 for i, category in enumerate(categories)}
     of_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in raw["images"]}
@@ -100,12 +115,18 @@ def load_annotations(path: str | Path) -> dict[str, Any]:
             image["id"], image["file_name"]
         for category in raw["categories"]:
             category.setdefault("name", str(category["id"]))
+        for what in ("images", "categories"):
+            ids = [entry["id"] for entry in raw[what]]
+            if len(set(ids)) < len(ids) or not ids or not all(isinstance(i, int) for i in ids):
+                raise InputError(f"{path}: its {what} need ids, one integer each and no two alike")
         for i, annotation in enumerate(raw["annotations"]):
-            annotation.setdefault("id", i + 1)
+            annotation["id"] = i + 1  # pycocotools counts an object of id 0, or of an id twice, as not found
             _, _, w, h = (float(value) for value in annotation["bbox"])
             annotation.setdefault("area", w * h)
             annotation.setdefault("iscrowd", 0)
             annotation["image_id"], annotation["category_id"]
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not in COCO's format: an entry lacks or breaks {error}") from None
     return raw
@@ -125,7 +146,7 @@ def _clean(
             continue
         x, y, w, h = (float(value) for value in annotation["bbox"])
         box = (max(x, 0.0), max(y, 0.0), min(x + w, width), min(y + h, height))
-        if not all(map(math.isfinite, (x, y, w, h))) or box[2] <= box[0] or box[3] <= box[1]:
+        if not all(map(math.isfinite, (x, y, w, h))) or min(box[2] - box[0], box[3] - box[1]) < MIN_SIDE:
             cleaned["dropped"] += 1
             continue
         cleaned["clipped"] += max(abs(a - b) for a, b in zip(box, (x, y, x + w, y + h), strict=True)) > 0.5
@@ -150,7 +171,9 @@ class TrainingImages(Dataset[tuple[Tensor, Target]]):
         fitted = detector_pixels(augmented, self.preprocess)
         (h, w), (oh, ow) = fitted.pixels.shape[:2], fitted.original
         boxes = boxes * np.array([w / ow, h / oh, w / ow, h / oh], np.float32)
-        return to_image(fitted.pixels), {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)}
+        whole = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a crop may have left a sliver
+        target = {"boxes": torch.from_numpy(boxes[whole]), "labels": torch.from_numpy(labels[whole])}
+        return to_image(fitted.pixels), target
 
 
 class EvaluationImages(Dataset[tuple[int, Fitted]]):

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from backbones.preprocess import DetectorPreprocess
-from backbones.schema import OptimizerName, Section
+from backbones.schema import Device, OptimizerName, Section, Seed
 
 
 class CocoData(Section):
@@ -47,8 +47,8 @@ class DetectorConfig(Section):
     data: CocoData = CocoData()
     preprocess: DetectorPreprocess
     train: DetectorTraining = DetectorTraining()
-    seed: int = 0
-    device: str = "auto"
+    seed: Seed = 0
+    device: Device = "auto"
     amp: bool = False
     resume: bool = False  # go on from the output folder's last.pt
     output: str = "runs/detector"

@@ -26,6 +26,7 @@ from backbones.errors import InputError, unknown
 from backbones.preprocess import DetectorPreprocess
 from backbones.schema import Section
 from backbones.weights import load_state, read_weights, resolve
+from detection.config import DetectorConfig
 
 Detector: TypeAlias = FasterRCNN | RetinaNet | FCOS
 FAMILIES = ("fasterrcnn", "retinanet", "fcos")
@@ -112,6 +113,16 @@ def create_detector(
     return model
 
 
+def canonical_name(name: str) -> str:
+    """A detector's name with its backbone's alias resolved.
+
+    Raises:
+        InputError: unknown name.
+    """
+    family, backbone = _parse(name)
+    return f"{family}_{ALIASES.get(backbone, backbone)}_fpn"
+
+
 def _parse(name: str) -> tuple[str, str]:
     match = re.fullmatch(r"([a-z]+)_(.+)_fpn", name)
     if match is None or match[1] not in FAMILIES or match[2] not in {**VARIANTS, **ALIASES}:
@@ -163,6 +174,16 @@ def freeze_batchnorm(module: nn.Module) -> None:
             freeze_batchnorm(child)
 
 
+def spec_of(config: DetectorConfig, num_classes: int) -> DetectorSpec:
+    """The detector that a config describes, with `num_classes` counting the background."""
+    frozen = config.frozen_batchnorm
+    return DetectorSpec(
+        model=canonical_name(config.model), num_classes=num_classes, fpn_channels=config.fpn_channels,
+        frozen_batchnorm=config.weights_backbone is not None if frozen is None else frozen,
+        score_threshold=config.score_threshold, nms_iou=config.nms_iou, max_detections=config.max_detections,
+    )  # fmt: skip
+
+
 def build_detector(
     spec: DetectorSpec, preprocess: DetectorPreprocess, weights_backbone: str | Path | None = None
 ) -> Detector:
@@ -174,8 +195,11 @@ def build_detector(
     )  # fmt: skip
 
 
-def load_detector(path: str | Path, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
-    """A trained detector and its metadata from our safetensors; `overrides` go over the spec stored there.
+def load_detector(
+    path: str | Path, preprocess: DetectorPreprocess | None = None, **overrides: Any
+) -> tuple[Detector, dict[str, Any]]:
+    """A trained detector and its metadata from our safetensors; `preprocess` and `overrides` of its spec go over
+    what is stored there.
 
     Raises:
         InputError: no file, or not a detector's weights.
@@ -185,7 +209,7 @@ def load_detector(path: str | Path, **overrides: Any) -> tuple[Detector, dict[st
         what = metadata.get("model", "foreign weights")
         raise InputError(f"{path} holds {what}, no detector: give the .safetensors that `detection train` wrote")
     spec = DetectorSpec.model_validate(metadata["detector"] | overrides)
-    model = build_detector(spec, DetectorPreprocess.model_validate(metadata["preprocess"]))
+    model = build_detector(spec, preprocess or DetectorPreprocess.model_validate(metadata["preprocess"]))
     load_state(model, state, path, spec.model)
     return model, metadata | {"detector": spec.model_dump()}
 

@@ -1,23 +1,19 @@
 """The work of `python -m detection train`: from COCO annotations to weights, with a checkpoint an epoch."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from backbones.checkpoint import load_checkpoint, pick_device, save_checkpoint, seed_everything
+from backbones.checkpoint import Run, pick_device, seed_everything
 from backbones.engine import warmup_cosine
 from backbones.errors import InputError
-from backbones.files import write_json
 from backbones.optim import create_optimizer
-from backbones.weights import save_weights
 from detection.augment import DetectionAugment
 from detection.coco import CocoSet, EvaluationImages, TrainingImages, create_loader, read_coco
 from detection.coco_eval import evaluate as coco_figures
 from detection.config import DetectorConfig
 from detection.engine import evaluate, train_one_epoch
-from detection.evaluate import spec_of
-from detection.models import DetectorSpec, build_detector
+from detection.models import DetectorSpec, build_detector, spec_of
 
 
 def run_train(config: DetectorConfig) -> dict[str, Any]:
@@ -28,6 +24,8 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
     Raises:
         InputError: no data, a loss that is not finite, or nothing to resume from.
     """
+    if config.weights is not None:
+        raise InputError("weights is for eval: train from ImageNet weights with weights_backbone, or go on with resume")
     seed_everything(config.seed)
     device, data, train = pick_device(config.device), config.data, config.train
     training_set, held_out = _data(config)
@@ -41,12 +39,9 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
     model = build_detector(spec, config.preprocess, config.weights_backbone).to(device)
     optimizer = create_optimizer(model, train.optimizer, train.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
-    output = Path(config.output)
-    history: list[dict[str, float]] = []
-    if config.resume:
-        history = load_checkpoint(output / "last.pt", model, optimizer, scaler)["history"]
+    run = Run(config, model, optimizer, scaler, "AP50", _metadata(config, spec, training_set))
 
-    for epoch in range(len(history), train.epochs):
+    for epoch in range(len(run.history), train.epochs):
         augment.epoch = epoch
         loader = create_loader(images, data.batch_size, data.workers, shuffle_seed=config.seed + epoch)
         steps, done = train.epochs * len(loader), epoch * len(loader)
@@ -57,17 +52,12 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
             clip_grad_norm=train.clip_grad_norm, amp=config.amp, title=f"epoch {epoch + 1}/{train.epochs}",
         )  # fmt: skip
         figures = coco_figures(str(data.annotations), evaluate(model, val_loader, training_set.category_ids))
-        history.append({"epoch": epoch + 1} | losses | {name: figures[name] for name in ("AP", "AP50", "AP75")})
         print(
             f"epoch {epoch + 1}/{train.epochs}: loss {losses['loss']:.3f}, "
             f"AP {figures['AP']:.4f}, AP50 {figures['AP50']:.4f}"
         )
-        if figures["AP50"] >= max(entry["AP50"] for entry in history):
-            save_weights(output / "best.safetensors", model, _metadata(config, spec, training_set))
-        save_checkpoint(output / "last.pt", model, optimizer, scaler, {"history": history})
-        write_json(output / "history.json", history)
-    best = max(history, key=lambda entry: entry["AP50"])
-    return {"best": best, "history": history, "weights": str(output / "best.safetensors")}
+        run.finish_epoch(losses | {name: figures[name] for name in ("AP", "AP50", "AP75")})
+    return run.result()
 
 
 def _data(config: DetectorConfig) -> tuple[CocoSet, CocoSet]:
@@ -89,5 +79,6 @@ def _metadata(config: DetectorConfig, spec: DetectorSpec, dataset: CocoSet) -> d
         "classes": list(dataset.classes),
         "category_ids": list(dataset.category_ids),
         "preprocess": config.preprocess.model_dump(),
-        "config": config.model_dump(mode="json"),
+        # Without paths: who trained it where is nobody's business.
+        "config": config.model_dump(mode="json", include={"model", "fpn_channels", "train", "seed", "amp"}),
     }

@@ -12,7 +12,7 @@ def _export(args: argparse.Namespace) -> None:
     artifact = run_export(args.weights, args.output, model=args.model, images=args.images)
     parity = artifact.parity
     differences = ", ".join(f"{name} {value:.2g}" for name, value in parity.largest.items())
-    matched = f" with {parity.detections} detections" if artifact.task == "detection" else ""
+    matched = f" with {parity.detections} detections of both" if artifact.task == "detection" else ""
     print(f"{args.output}: {artifact.model}, {len(artifact.classes)} classes, {artifact.preprocess}")
     print(f"largest difference from PyTorch on {parity.images} pictures{matched}: {differences}")
     if artifact.task == "detection" and not parity.detections:

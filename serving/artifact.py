@@ -21,7 +21,7 @@ class Parity(Section):
 
     batch_sizes: tuple[int, ...] = ()
     images: int = 0
-    detections: int = 0  # of both sides, of a detector
+    detections: int = 0  # compared, those of PyTorch and of the graph, over all batches
     unmatched: int = 0  # among them: where two overlap and score alike, either may win
     largest: dict[str, float] = Field(
         default_factory=dict

@@ -65,7 +65,10 @@ class Client:
 
     def artifact(self, name: str) -> Artifact:
         """What the artefact behind a model says of itself."""
-        values = self.metadata(name)["parameters"]["metadata"]
+        try:
+            values = self.metadata(name)["parameters"]["metadata"]
+        except (KeyError, TypeError):
+            raise ServerError(f"{self.url} does not say what {name!r} is: is it this project's server?") from None
         return from_metadata({KEY: json.dumps(values)}, f"{self.url}/v2/models/{name}")
 
     def classify(self, name: str, image: bytes | str | Path, top_k: int | None = None) -> ClassifyAnswer:

@@ -4,6 +4,7 @@ The data sets and the metric are those of `backbones eval` and `detection eval`;
 from elsewhere, so that the figures can be held side by side.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from backbones.config import ClassifierConfig, load_config
+from backbones.config import ClassifierConfig, load_config, read_values
 from backbones.cspnet import ALIASES, get_variant
 from backbones.errors import InputError
 from backbones.evaluate import summary as classifier_summary
@@ -25,6 +26,7 @@ from detection.coco_eval import evaluate as coco_figures
 from detection.coco_eval import to_results
 from detection.config import DetectorConfig
 from detection.evaluate import summary as detector_summary
+from detection.models import canonical_name
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batch import File, Row, predict_files, read_results
 from serving.client import Client
@@ -55,7 +57,7 @@ class ArtifactSource:
         self.metadata = self._model.metadata
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
-        files = [File(str(path), str(path).encode()) for path in paths]
+        files = [File(str(path), os.fsencode(path.absolute())) for path in paths]
         with ThreadPoolExecutor() as pool:
             for rows in predict_files(create_predictor(self._model), files, BATCH_SIZE, pool):
                 yield from rows
@@ -107,11 +109,15 @@ class ResultsSource:
         self._rows = {row.path: row for row in rows}
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        seen: set[str] = set()
         for path in paths:
             endings = ("/".join(path.parts[i:]) for i in range(len(path.parts)))
             row = next((self._rows[ending] for ending in endings if ending in self._rows), None)
             if row is None:
                 raise InputError(f"{self.path} has no row for {path}: was the job run on this data set?")
+            if row.path in seen:
+                raise InputError(f"{self.path}: {row.path} fits several images: run the job on a folder above")
+            seen.add(row.path)
             yield row
 
 
@@ -124,6 +130,8 @@ def run_eval(config: str, overrides: Sequence[str], source: Source) -> tuple[dic
     Raises:
         InputError: a config of another model or protocol, or an image that could not be predicted.
     """
+    task = "detection" if str(read_values(config, overrides).get("model")).endswith("_fpn") else "classification"
+    _same(task, source.metadata.task, "task")
     if isinstance(source.metadata, ClassifierArtifact):
         classifier = load_config(ClassifierConfig, config, overrides)
         _same(get_variant(classifier.model)[0], source.metadata.model, "model")
@@ -132,8 +140,11 @@ def run_eval(config: str, overrides: Sequence[str], source: Source) -> tuple[dic
         line = classifier_summary(result)
     else:
         detector = load_config(DetectorConfig, config, overrides)
-        _same(detector.model, source.metadata.model, "model")
+        _same(canonical_name(detector.model), source.metadata.model, "model")
         _same(detector.preprocess, source.metadata.preprocess, "preprocess")
+        for name in ("score_threshold", "nms_iou", "max_detections"):
+            if getattr(detector, name) is not None:
+                _same(getattr(detector, name), getattr(source.metadata, name), name)
         result, output = _ap(detector, source, source.metadata), detector.output
         line = detector_summary(result)
     result |= {"source": source.name, "artifact": source.metadata.model_dump(mode="json")}
@@ -148,7 +159,7 @@ def _same(asked: object, has: object, what: str) -> None:
 
 
 def _top1(config: ClassifierConfig, source: Source, artifact: ClassifierArtifact) -> dict[str, Any]:
-    samples, classes = list_samples(config.data, config.data.split, len(artifact.classes))
+    samples, classes = list_samples(config.data, config.data.split, len(artifact.classes), artifact.classes)
     accuracy = Accuracy(classes)
     rows = source.rows([sample.path for sample in samples])
     for sample, row in zip(samples, _shown(rows, len(samples), source.name), strict=True):
@@ -159,6 +170,7 @@ def _top1(config: ClassifierConfig, source: Source, artifact: ClassifierArtifact
 
 def _ap(config: DetectorConfig, source: Source, artifact: DetectorArtifact) -> dict[str, Any]:
     dataset = read_coco(config.data.images, config.data.annotations, "data.")
+    dataset.check_categories(artifact.category_ids, artifact.classes, artifact.model)
     results = []
     rows = source.rows([record.path for record in dataset.records])
     for record, row in zip(dataset.records, _shown(rows, len(dataset.records), source.name), strict=True):

@@ -19,11 +19,10 @@ from torch.export import Dim
 from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.engine import normalize
 from backbones.errors import InputError
-from backbones.evaluate import versions
-from backbones.files import sha256, write_aside
+from backbones.files import check_writable, sha256, versions, write_aside
 from backbones.imagenet import class_names
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
-from backbones.weights import read_weights, resolve
+from backbones.weights import read_metadata, read_weights, resolve
 from detection.batched import BatchedDetector
 from detection.models import load_detector, thresholds
 from detection.onnx_ops import translation_table
@@ -57,9 +56,12 @@ def run_export(weights: str, output: str | Path, *, model: str | None = None, im
     """
     if Path(output).suffix != ".onnx":
         raise InputError(f"-o {output}: an artefact's name ends in .onnx")
+    check_writable(Path(output).parent)
     path = resolve(weights, get_variant(model)[1].hub if model else None)
-    metadata = read_weights(path)[1]
+    metadata = read_metadata(path)
     if metadata.get("task") == "detection":
+        if model is not None:
+            raise InputError(f"{weights} holds the detector {metadata['model']}: leave --model out")
         return _export_detector(path, Path(output), images)
     return _export_classifier(path, Path(output), metadata | ({"model": model} if model else {}), images)
 
@@ -68,7 +70,7 @@ def _export_classifier(weights: Path, output: Path, metadata: dict[str, Any], im
     if "model" not in metadata:
         raise InputError(f"{weights} does not say which network it is of: give --model, such as --model cspresnet50")
     name, variant = get_variant(metadata["model"])
-    classes = metadata.get("classes") or class_names(1000)
+    classes = metadata.get("classes") or class_names(_head_size(weights))
     model = create_model(name, len(classes), weights).eval()
     preprocess = ClassifierPreprocess.model_validate(metadata.get("preprocess", variant.preprocess))
     artifact = ClassifierArtifact(
@@ -82,6 +84,13 @@ def _export_classifier(weights: Path, output: Path, metadata: dict[str, Any], im
         ["logits", "probabilities"],
     )
     return _write(graph, artifact, output, lambda onnx_model: compare_classifier(model, onnx_model, compared))
+
+
+def _head_size(weights: Path) -> int:
+    head = read_weights(weights)[0].get("head.fc.weight")
+    if head is None:
+        raise InputError(f"{weights} has no classifier (head.fc.weight): give weights with one")
+    return len(head)
 
 
 def _export_detector(weights: Path, output: Path, images: str | None) -> Artifact:

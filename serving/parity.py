@@ -16,7 +16,7 @@ from backbones.cspnet import CSPNet
 from backbones.engine import normalize
 from backbones.errors import InputError
 from backbones.files import list_images
-from backbones.preprocess import classifier_pixels, decode, detector_pixels
+from backbones.preprocess import canvas_size, classifier_pixels, decode, detector_pixels
 from detection.coco import to_image
 from detection.models import Detector
 from serving.artifact import ClassifierArtifact, DetectorArtifact, Parity
@@ -95,11 +95,14 @@ def compare_detector(model: Detector, onnx_model: OnnxModel, images: Sequence[Im
     """
     assert isinstance(onnx_model.metadata, DetectorArtifact)
     predictor = DetectorPredictor(onnx_model, onnx_model.metadata)
+    fitted = [detector_pixels(image, onnx_model.metadata.preprocess) for image in images]
+    divisor = onnx_model.metadata.preprocess.divisor
+    fellows = [item for item in fitted if canvas_size(item.pixels, divisor) == canvas_size(fitted[0].pixels, divisor)]
+    together = [fellows[i % len(fellows)] for i in range(max(BATCH_SIZES))]  # images of one canvas run as one batch
     pairs: list[tuple[float, float]] = []
     unmatched = 0
-    for batch in _batches(images):
-        fitted = [detector_pixels(image, onnx_model.metadata.preprocess) for image in batch]
-        for item, found in zip(fitted, predictor.predict(fitted), strict=True):
+    for batch in (together, *([item] for item in fitted)):
+        for item, found in zip(batch, predictor.predict(batch), strict=True):
             output = model([to_image(item.pixels)])[0]
             expected = detections(output["boxes"].numpy(), output["scores"].numpy(), output["labels"].numpy(), item)
             for one, other in ((expected, found), (found, expected)):

@@ -1,5 +1,6 @@
 """The whole line on drawn data: train, evaluate, export, serve, run in batch, and hold the figures side by side."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,12 @@ def run_quickstart(output: str | Path) -> dict[str, Any]:
     history["detector"] = detection.train.run_train(load_config(DetectorConfig, *detector))["history"]
 
     step("evaluating both checkpoints")
-    weights = {name: str(root / name / "best.safetensors") for name in ("classifier", "detector")}
+    weights = {name: root / name / "best.safetensors" for name in ("classifier", "detector")}
     figures = {"checkpoint, PyTorch": _checkpoints(classifier, detector, weights)}
     for name, path in weights.items():
         step(f"exporting the {name}")
-        run_export(path, root / f"{name}.onnx")
-    sources: tuple[Source, ...] = tuple(ArtifactSource(root / f"{name}.onnx") for name in weights)
+        run_export(str(path), root / f"{name}.onnx")
+    sources: tuple[Source, ...] = tuple(ArtifactSource(root / f"{name}.onnx", "cpu") for name in weights)
     figures["artefact, onnxruntime"] = _score(classifier, detector, *sources)
 
     step("starting Ray Serve")
@@ -91,22 +92,31 @@ def run_quickstart(output: str | Path) -> dict[str, Any]:
 def _configs(root: Path) -> tuple[tuple[str, list[str]], tuple[str, list[str]]]:
     """The two config files and what they need to know of `root`."""
     data = root / "data/detection"
-    classifier = [f"data.root={root / 'data/classification'}", f"output={root / 'classifier'}"]
-    detector = [
-        f"weights_backbone={root / 'classifier/best.safetensors'}",
-        f"data.train_images={data / 'train'}", f"data.train_annotations={data / 'train.json'}",
-        f"data.images={data / 'val'}", f"data.annotations={data / 'val.json'}",
-        f"output={root / 'detector'}",
-    ]  # fmt: skip
+    classifier = _overrides({"data.root": root / "data/classification", "output": root / "classifier"})
+    detector = _overrides(
+        {
+            "weights_backbone": root / "classifier/best.safetensors",
+            "data.train_images": data / "train", "data.train_annotations": data / "train.json",
+            "data.images": data / "val", "data.annotations": data / "val.json",
+            "output": root / "detector",
+        }
+    )  # fmt: skip
     return (str(CONFIGS / "classifier.yaml"), classifier), (str(CONFIGS / "detector.yaml"), detector)
+
+
+def _overrides(paths: dict[str, Path]) -> list[str]:
+    return [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]  # quoted, whatever the name
 
 
 Config = tuple[str, list[str]]
 
 
-def _checkpoints(classifier: Config, detector: Config, weights: dict[str, str]) -> tuple[float, float]:
-    first = load_config(ClassifierConfig, classifier[0], [*classifier[1], f"weights={weights['classifier']}"])
-    second = load_config(DetectorConfig, detector[0], [*detector[1], f"weights={weights['detector']}"])
+def _checkpoints(classifier: Config, detector: Config, weights: dict[str, Path]) -> tuple[float, float]:
+    first = load_config(
+        ClassifierConfig, classifier[0], [*classifier[1], *_overrides({"weights": weights["classifier"]})]
+    )
+    trained = _overrides({"weights": weights["detector"]})
+    second = load_config(DetectorConfig, detector[0], [*detector[1], *trained])
     return backbones.evaluate.run_eval(first)["top1"], detection.evaluate.run_eval(second)["AP50"]
 
 

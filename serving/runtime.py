@@ -84,5 +84,9 @@ class OnnxModel:
 def _provider(wanted: str) -> Any:
     if wanted == "cpu":
         return _NAMES["cpu"]
-    # Grow the arena by what is asked, not to the next power of two; search few algorithms for a new shape.
-    return (_NAMES["cuda"], {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"})
+    options = {
+        "arena_extend_strategy": "kSameAsRequested",  # not to the next power of two
+        "cudnn_conv_algo_search": "HEURISTIC",  # a new shape does not wait for an exhaustive search
+        "use_tf32": "0",  # it would move the figures
+    }
+    return (_NAMES["cuda"], options)

@@ -78,7 +78,8 @@ def run(config: ServingConfig) -> None:
     service = start(config)
     try:
         _on_signals(_interrupt)  # Ray took SIGTERM
-        signal.pause()
+        while True:
+            time.sleep(3600)
     except KeyboardInterrupt:
         print("stopping", flush=True)
     finally:

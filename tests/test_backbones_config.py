@@ -46,6 +46,8 @@ def test_overrides_reach_every_depth():
         ("train.optimizer=lamb", "'sgd' or 'adamw'"),
         ("preprocess.crop=99", "crop 99 is larger than resize 64"),
         ("train", "override 'train' has no '='"),
+        ("seed=-1", "seed=-1: "),
+        ("device=meta", "device='meta': "),
         ("model.name=x", "'model' is a plain value"),
         ("data.root={a", "is not valid YAML"),
     ],
@@ -73,3 +75,9 @@ def test_missing_keys_are_named(tmp_path):
     path.write_text("num_classes: 3\n")
     with pytest.raises(InputError, match="model is missing: .*preprocess is missing"):
         load_config(ClassifierConfig, path)
+
+
+def test_paths_are_taken_as_they_stand(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for text, value in (("a #2", "a #2"), ("a: b", "a: b"), ("2012", "2012"), ("~/x", "/home/me/x"), ("'q'", "q")):
+        assert load_config(ClassifierConfig, QUICKSTART, [f"data.root={text}"]).data.root == value

@@ -101,6 +101,7 @@ def test_devkit_ids_go_through_meta_mat(tmp_path):
         (lambda p: folders(p, ["0", "7"]), {}, 5, "/7 is no class of a model with num_classes=5"),
         (lambda p: folders(p, ["n00000000"]), {}, 1000, "n00000000 is none of ImageNet-1k's WordNet ids"),
         (flat, {"ground_truth": "nothing.txt"}, 2, "cannot read data.ground_truth=nothing.txt"),
+        (flat, {"ground_truth": "empty.txt"}, 2, "is empty: one line an image"),
         (flat, {"ground_truth": "one.txt"}, 2, "has 1 lines but .* has 4 images"),
         (flat, {"ground_truth": "cat.txt"}, 2, "'cat' is neither a class number nor a WordNet id"),
     ],
@@ -108,6 +109,7 @@ def test_devkit_ids_go_through_meta_mat(tmp_path):
 def test_bad_data_is_an_error_with_a_remedy(tmp_path, monkeypatch, make, values, num_classes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.txt").write_text("1\n")
+    (tmp_path / "empty.txt").touch()
     (tmp_path / "cat.txt").write_text("cat\n" * 4)
     root = tmp_path / "data"
     if make(root) == root and not root.exists():
@@ -152,7 +154,29 @@ def test_eval_command_says_a_mistake_in_a_line(tmp_path, capsys):
         assert stop.value.code == 2
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith(f"error: {root / '1' / '0.JPEG'} cannot be decoded")
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_missing_split_is_not_the_other_one(tmp_path):
+    folders(tmp_path / "train", ["cat", "dog"])
+    with pytest.raises(InputError, match="has no folder 'val' but train: set data.split"):
+        list_samples(ImageData(root=str(tmp_path)), "val", 2)
+
+
+def test_names_go_by_what_the_model_was_trained_on(tmp_path):
+    root = folders(tmp_path / "data", ["dog", "ant"], 1)
+    data = ImageData(root=str(root))
+    samples, classes = list_samples(data, "val", 3, ["dog", "cat", "ant"])
+    assert [(sample.path.parent.name, sample.target) for sample in samples] == [("ant", 2), ("dog", 0)]
+    assert classes == ["dog", "cat", "ant"]
+    with pytest.raises(InputError, match=r"/ant is none of the model's classes \(dog, cat, …\)|/ant is none of the"):
+        list_samples(data, "val", 2, ["dog", "cat"])
+
+
+def test_hidden_folders_and_files_do_not_count(tmp_path):
+    root = folders(tmp_path / "data", ["a", "b", ".ipynb_checkpoints"], 1)
+    (root / "a" / "._0.JPEG").write_bytes(b"")
+    assert targets(ImageData(root=str(root)), 2) == [0, 1]
 
 
 def test_real_subset_of_ten_classes():

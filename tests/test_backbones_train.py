@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from backbones.augment import TrainAugment
+from backbones.checkpoint import Run
 from backbones.config import ClassifierConfig, load_config
 from backbones.engine import warmup_cosine
 from backbones.errors import InputError
@@ -66,6 +67,44 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path):
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+: lower train.lr"):
         run_train(config(shapes, tmp_path, "train.lr=1e30", "train.warmup_epochs=0", "train.optimizer=sgd"))
     assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_another_runs_checkpoint_is_refused(shapes, tmp_path):
+    run_train(config(shapes, tmp_path, "train.epochs=1"))
+    for change, message in (("seed=5", "seed=0, not 5"), ("train.weight_decay=0.9", "a run with train=")):
+        with pytest.raises(InputError, match=message):
+            run_train(config(shapes, tmp_path, "train.epochs=1", "resume=true", change))
+    for content in (b"", b"junk"):
+        (tmp_path / "last.pt").write_bytes(content)
+        with pytest.raises(InputError, match="last.pt is no checkpoint of a run"):
+            run_train(config(shapes, tmp_path, "resume=true"))
+
+
+def test_of_equal_epochs_the_first_is_the_best(shapes, tmp_path):
+    settings = config(shapes, tmp_path)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    run = Run(settings, model, optimizer, torch.amp.GradScaler("cpu", enabled=False), "top1", {})
+    for epoch, top1 in enumerate((0.25, 0.25, 0.125), start=1):
+        torch.nn.init.constant_(model.weight, epoch)
+        run.finish_epoch({"top1": top1})
+    assert run.result()["best"] == {"epoch": 1, "top1": 0.25}
+    assert read_weights(tmp_path / "best.safetensors")[0]["weight"].item() == 1
+
+
+def test_training_needs_its_own_held_out_images_and_a_place_to_write(shapes, tmp_path):
+    with pytest.raises(InputError, match="has no separate 'val' folder to evaluate on"):
+        run_train(config(shapes / "train", tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write .*choose another place"):
+        run_train(config(shapes, tmp_path / "file" / "run"))
+
+
+def test_weights_say_nothing_of_where_they_were_made(shapes, tmp_path):
+    result = run_train(config(shapes, tmp_path, "train.epochs=1"))
+    content = Path(result["weights"]).read_bytes()
+    assert str(tmp_path).encode() not in content
+    assert str(shapes).encode() not in content
 
 
 def test_nothing_to_resume(shapes, tmp_path):

@@ -116,8 +116,19 @@ def test_published_weights_are_fetched_once_from_the_hub(tmp_path, monkeypatch):
     create_model("cspresnet50", weights="timm")
     create_model("cspresnet50", weights="timm")
     assert asked == ["https://huggingface.co/timm/cspresnet50.ra_in1k/resolve/main/model.safetensors"]
-    with pytest.raises(InputError, match="publishes no weights of this network"):
+    with pytest.raises(InputError, match="there are no published weights of this network"):
         create_model("cspresnet10", weights="timm")
+
+
+def test_half_a_download_does_not_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    save_file(create_model("cspresnet10", 2).state_dict(), tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    bodies = iter((whole[:-100], whole))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, to: Path(to).write_bytes(next(bodies)))
+    with pytest.raises(InputError, match="broken safetensors file"):
+        create_model("cspresnet10", 2, "http://127.0.0.1/w.safetensors?v=1")
+    create_model("cspresnet10", 2, "http://127.0.0.1/w.safetensors?v=1")
 
 
 def test_failed_download_leaves_nothing(tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ def write(root: Path, annotations=(), images=None, **extra) -> tuple[str, str]:
     for name in ("a.png", "b.png"):
         Image.new("RGB", (120, 90), (0, 50, 0)).save(root / name)
     listed = [{"id": i + 1, "file_name": name, "width": 120, "height": 90} for i, name in enumerate(("a.png", "b.png"))]
-    content = {"images": images or listed, "annotations": list(annotations), "categories": CATEGORIES, **extra}
+    listed = listed if images is None else images
+    content = {"images": listed, "annotations": list(annotations), "categories": CATEGORIES, **extra}
     (root / "a.json").write_text(json.dumps(content))
     return str(root), str(root / "a.json")
 
@@ -33,16 +34,17 @@ def box(*xywh: float, category: int = 1, image: int = 1, **extra) -> dict:
 def test_ids_with_gaps_crowds_and_bad_boxes(tmp_path):
     dataset = read_coco(*write(tmp_path / "d", [
         box(10, 20, 30, 40, category=90), box(-5, 0, 20, 95), box(100, 80, 50, 50, iscrowd=1),
-        box(10, 10, 0, 5), box(10, 10, 5, -1), box(200, 10, 5, 5), box(float("nan"), 0, 5, 5), box(119.9, 0, 0.3, 90),
+        box(10, 10, 0, 5), box(10, 10, 5, -1), box(200, 10, 5, 5), box(float("nan"), 0, 5, 5), box(119.8, 0, 0.3, 90),
+        box(119.99999, 0, 5, 90),
     ]))  # fmt: skip
     assert dataset.category_ids == (1, 90)
     assert dataset.classes == ("person", "toothbrush")
     first, second = dataset.records
-    np.testing.assert_allclose(first.boxes, [[10, 20, 40, 60], [0, 0, 15, 90], [119.9, 0, 120, 90]])
+    np.testing.assert_allclose(first.boxes, [[10, 20, 40, 60], [0, 0, 15, 90], [119.8, 0, 120, 90]])
     assert first.labels.tolist() == [2, 1, 1]
     assert second.boxes.shape == (0, 4)
-    assert dataset.cleaned == {"crowds": 1, "clipped": 1, "dropped": 4}
-    assert str(dataset) == "2 images (1 without objects), 3 boxes; 1 crowds, 1 clipped, 4 dropped"
+    assert dataset.cleaned == {"crowds": 1, "clipped": 1, "dropped": 5}
+    assert str(dataset) == "2 images (1 without objects), 3 boxes; 1 crowds, 1 clipped, 5 dropped"
 
 
 def test_training_items_scale_boxes_with_the_image(tmp_path):
@@ -97,6 +99,11 @@ def test_augmentation_takes_no_boxes_and_boxes_at_the_edge():
         (lambda root: write(root, [box(1, 2, 3, 4, image=9)]), "unknown image or category"),
         (lambda root: write(root, [box(1, 2, 3, 4, category=2)]), "unknown image or category"),
         (lambda root: write(root, images=[{"id": 1, "file_name": "no.png"}]), "lists no.png, which is not in"),
+        (lambda root: write(root, images=[{"id": 1, "file_name": "a.png"}] * 2), "images need ids"),
+        (lambda root: write(root, images=[{"id": "1", "file_name": "a.png"}]), "images need ids"),
+        (lambda root: write(root, images=[]), "images need ids"),
+        (lambda root: write(root, categories=CATEGORIES * 2), "categories need ids"),
+        (lambda root: write(root, categories=[]), "categories need ids"),
         (lambda root: write(root, images=[{"id": 1}]), "not in COCO's format: an entry lacks or breaks 'file_name'"),
     ],
 )
@@ -105,6 +112,15 @@ def test_bad_data_is_an_error_with_a_remedy(tmp_path, break_it, message):
     images, annotations = break_it(tmp_path / "d")
     with pytest.raises(InputError, match=message):
         read_coco(images, annotations, "data.")
+
+
+def test_a_models_categories_are_the_data_sets(tmp_path):
+    dataset = read_coco(*write(tmp_path / "d"))
+    dataset.check_categories([1, 2], ["person", "bicycle"], "m")
+    with pytest.raises(InputError, match="category 1 is 'cat' for m and 'person' in the annotations"):
+        dataset.check_categories([1], ["cat"], "m")
+    with pytest.raises(InputError, match="m and the annotations have no category id in common"):
+        dataset.check_categories([7], ["cat"], "m")
 
 
 def test_a_size_that_contradicts_the_annotations_is_an_error(tmp_path):

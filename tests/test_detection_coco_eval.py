@@ -54,6 +54,16 @@ def test_truth_against_itself_is_one_and_nothing_is_zero(truth):
     assert nothing["APl"] == -1  # there is no large object to find
 
 
+def test_annotation_ids_do_not_matter(truth):
+    content = json.loads(truth.read_text())
+    results = found(1, [10, 10, 50, 50], 0.9, 3) + found(1, [60, 60, 80, 80], 0.8, 3)
+    for ids in ((1, 2, 3), (0, 1, 2), (5, 5, 5)):
+        for row, i in zip(content["annotations"], ids, strict=True):
+            row["id"] = i
+        truth.write_text(json.dumps(content))
+        assert evaluate(truth, results)["per_class"]["car"]["AP50"] == pytest.approx(1.0)
+
+
 def test_results_are_not_changed(truth):
     results = found(1, [10, 10, 50, 50], 0.9, 3)
     before = json.dumps(results)

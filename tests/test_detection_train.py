@@ -70,7 +70,7 @@ def test_mistakes_are_a_line_each(shapes, tmp_path, capsys):
     good = overrides(shapes, tmp_path)
     for bad, message in (
         ("data.images=/nowhere", "data.images=/nowhere is no folder"),
-        ("weights=/nowhere.safetensors", "cannot read weights /nowhere.safetensors"),
+        ("weights=/nowhere.safetensors", "no weights at /nowhere.safetensors"),
         ("model=fcos_cspnet_fpn", "unknown detector 'fcos_cspnet_fpn'"),
         ("device=cuda:99", "device=cuda:99 is not usable here"),
         ("fpn_channels=50", "fpn_channels=50: "),

@@ -74,7 +74,7 @@ def line(tmp_path_factory):
 
 def sources(root: Path, url: str, name: str):
     endpoint = EndpointSource(f"{url}/v2/models/{name}")
-    return ArtifactSource(root / f"{name}.onnx"), endpoint, ResultsSource(root / f"{name}.parquet")
+    return ArtifactSource(root / f"{name}.onnx", "cpu"), endpoint, ResultsSource(root / f"{name}.parquet")
 
 
 def test_classifier(line):
@@ -138,6 +138,19 @@ def test_another_protocol_or_data_set_is_refused(line, extra, message):
     root, _, (config, overrides), _ = line
     with pytest.raises(InputError, match=message):
         run_eval(config, [*overrides, *extra], ArtifactSource(root / "c.onnx"))
+
+
+def test_other_thresholds_than_the_artefacts_are_refused(line):
+    root, _, _, (config, overrides) = line
+    with pytest.raises(InputError, match="the config's score_threshold is 0.7, the artefact's is 0.2"):
+        run_eval(config, [*overrides, "score_threshold=0.7"], ArtifactSource(root / "d.onnx", "cpu"))
+
+
+def test_a_job_on_a_part_is_no_evaluation_of_the_whole(line):
+    root, _, (config, overrides), _ = line
+    run_batch(root / "c.onnx", root / "c" / "val" / "circle", root / "part.parquet")
+    with pytest.raises(InputError, match="has no row for|fits several images"):
+        run_eval(config, overrides, ResultsSource(root / "part.parquet"))
 
 
 def test_results_of_another_data_set_and_broken_images(line, tmp_path):

@@ -36,9 +36,11 @@ def detector_weights(path: Path, family: str = "fcos") -> Path:
     )
     model = randomize(build_detector(spec, SIZE))
     for name, parameter in model.named_parameters():
-        if "cls_logits" in name or "cls_score" in name:
-            torch.nn.init.normal_(parameter, std=0.1 if "cls_score" in name else 0.5)
-        if "cls_logits.bias" in name:  # of (anchor, class): training makes the background of one-stage heads rare
+        if "cls_score" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+        if "classification_head.cls_logits" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+        if "classification_head.cls_logits.bias" in name:  # of (anchor, class): training makes background rare
             parameter.data.view(-1, spec.num_classes)[:, 0] = -10
     metadata = {"task": "detection", "model": spec.model, "detector": spec.model_dump(), "classes": ["cat", "dog"]}
     metadata |= {"category_ids": [5, 90], "preprocess": SIZE.model_dump(), "config": {}}
