@@ -24,7 +24,7 @@ SIZE = DetectorPreprocess(min_size=96, max_size=128)
 
 def classifier_weights(path: Path, name: str = "cspresnet10") -> Path:
     model = randomize(create_model(name, 3))
-    classes = {"classes": ["a", "b", "c"], "preprocess": CROP.model_dump(), "config": {"seed": 7}}
+    classes = {"classes": ["circle", "cross", "square"], "preprocess": CROP.model_dump(), "config": {"seed": 7}}
     save_weights(path, model, {"task": "classification", "model": name, **classes})
     return path
 
@@ -58,7 +58,7 @@ def classifier(tmp_path_factory) -> Path:
 def test_classifier_says_what_it_is(classifier):
     model = OnnxModel(classifier)
     about = model.metadata
-    assert (about.task, about.model, about.classes) == ("classification", "cspresnet10", ("a", "b", "c"))
+    assert (about.task, about.model, about.classes) == ("classification", "cspresnet10", ("circle", "cross", "square"))
     assert about.preprocess == CROP
     assert about.config == {"seed": 7}
     assert len(about.weights_sha256) == 64
