@@ -70,7 +70,7 @@ def train_one_epoch(
         total += value * len(targets)
         right += (logits.argmax(1) == targets).sum().item()
         seen += len(targets)
-        bar.set_postfix(loss=f"{total / seen:.3f}")
+        bar.set_postfix(loss=f"{total / seen:.3f}", refresh=False)
     return {"loss": total / seen, "train_top1": right / seen}
 
 

@@ -272,7 +272,7 @@ class RoIPool(nn.Module):
         """Proposals [N,R,4] in pixels of the canvas -> [N*R,D,*output_size]."""
         n, r = proposals.shape[:2]
         boxes = proposals.flatten(0, 1)  # [N*R,4]
-        image = torch.arange(n, device=boxes.device).repeat_interleave(r)[:, None]  # [N*R,1]
+        image = torch.arange(n, device=boxes.device)[:, None].expand(n, r).reshape(-1, 1)  # [N*R,1]
         rois = torch.cat((image.to(boxes), boxes), 1)  # [N*R,5]
         level_of_roi = self.level_of([boxes])  # [N*R]
         pooled, order = [], []

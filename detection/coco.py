@@ -109,7 +109,8 @@ def load_annotations(path: str | Path) -> dict[str, Any]:
     raw = read_json(path)
     if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in ("images", "categories")):
         raise InputError(f"{path} is not in COCO's format: it needs lists of images, categories and annotations")
-    raw.setdefault("annotations", [])
+    for key, empty in (("annotations", []), ("info", {}), ("licenses", [])):
+        raw.setdefault(key, empty)
     try:
         for image in raw["images"]:
             image["id"], image["file_name"]

@@ -57,7 +57,7 @@ def train_one_epoch(
         scaler.update()
         for name, part in {"loss": loss, **losses}.items():
             sums[name] += part.item()
-        bar.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}")
+        bar.set_postfix(loss=f"{sums['loss'] / (step + 1):.3f}", refresh=False)
     return {name: total / len(loader) for name, total in sums.items()}
 
 
