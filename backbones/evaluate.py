@@ -20,8 +20,9 @@ def run_eval(config: ClassifierConfig) -> dict[str, Any]:
     Raises:
         InputError: no data, no weights, or classes that do not fit.
     """
+    _, variant = get_variant(config.model)
     check_writable(config.output)
-    weights = resolve(config.weights, get_variant(config.model)[1].hub) if config.weights else None
+    weights = resolve(config.weights, variant.hub) if config.weights else None
     trained_on = read_metadata(weights).get("classes") if weights and not config.ignore_head else None
     samples, classes = list_samples(config.data, config.data.split, config.num_classes, trained_on)
     device = pick_device(config.device)

@@ -7,7 +7,7 @@ import torch
 from backbones.augment import TrainAugment
 from backbones.checkpoint import Run, pick_device, seed_everything
 from backbones.config import ClassifierConfig
-from backbones.cspnet import create_model
+from backbones.cspnet import create_model, get_variant
 from backbones.engine import evaluate, train_one_epoch, warmup_cosine
 from backbones.errors import InputError
 from backbones.imagenet import ImageNet, create_loader, list_samples
@@ -22,6 +22,7 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
     Raises:
         InputError: no data, a loss that is not finite, or nothing to resume from.
     """
+    get_variant(config.model)  # a misspelt name is said before the data is read
     seed_everything(config.seed)
     device, train = pick_device(config.device), config.train
     samples, classes = list_samples(config.data, config.data.train_split, config.num_classes)

@@ -22,6 +22,7 @@ def run_eval(config: DetectorConfig) -> dict[str, Any]:
     Raises:
         InputError: no data, no weights, or a data set that does not fit.
     """
+    canonical_name(config.model)  # a misspelt name is said before the data is read
     check_writable(config.output)
     dataset = read_coco(config.data.images, config.data.annotations, "data.")
     print(dataset)

@@ -13,7 +13,7 @@ from detection.coco import CocoSet, EvaluationImages, TrainingImages, create_loa
 from detection.coco_eval import evaluate as coco_figures
 from detection.config import DetectorConfig
 from detection.engine import evaluate, train_one_epoch
-from detection.models import DetectorSpec, build_detector, spec_of
+from detection.models import DetectorSpec, build_detector, canonical_name, spec_of
 
 
 def run_train(config: DetectorConfig) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
     """
     if config.weights is not None:
         raise InputError("weights is for eval: train from ImageNet weights with weights_backbone, or go on with resume")
+    canonical_name(config.model)  # a misspelt name is said before the data is read
     seed_everything(config.seed)
     device, data, train = pick_device(config.device), config.data, config.train
     training_set, held_out = _data(config)
