@@ -100,22 +100,23 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: neither safetensors nor a checkpoint that torch reads with `weights_only=True`.
     """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise InputError(f"cannot read weights {path}: {error.strerror}") from None
-    if start[8:9] == b"{":
+    if _is_safetensors(path):
         return _read_safetensors(path)
     return _canonical(_unwrap(_read_pickle(path), path)), {}
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """What our safetensors say about themselves, without reading the weights; {} of any other file."""
-    with open(path, "rb") as file:
-        if file.read(9)[8:9] != b"{":
-            return {}
-    return _read_safetensors(path, keys=())[1]
+    return _read_safetensors(path, keys=())[1] if _is_safetensors(path) else {}
+
+
+def _is_safetensors(path: str | Path) -> bool:
+    """By content: eight bytes of length, then the JSON header."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[8:9] == b"{"
+    except OSError as error:
+        raise InputError(f"cannot read weights {path}: {error.strerror}") from None
 
 
 def _read_safetensors(path: str | Path, keys: Iterable[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

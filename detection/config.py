@@ -52,3 +52,7 @@ class DetectorConfig(Section):
     amp: bool = False
     resume: bool = False  # go on from the output folder's last.pt
     output: str = "runs/detector"
+
+    def thresholds(self) -> dict[str, float]:
+        """Those of the detector's thresholds that the config sets, by name."""
+        return self.model_dump(include={"score_threshold", "nms_iou", "max_detections"}, exclude_none=True)

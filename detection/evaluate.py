@@ -54,9 +54,7 @@ def _model(config: DetectorConfig, dataset: CocoSet) -> tuple[Detector, tuple[in
         torch.manual_seed(config.seed)
         spec = spec_of(config, len(dataset.classes) + 1)
         return build_detector(spec, config.preprocess, config.weights_backbone), dataset.category_ids
-    asked = {name: getattr(config, name) for name in ("score_threshold", "nms_iou", "max_detections")}
-    given = {name: value for name, value in asked.items() if value is not None}
-    model, metadata = load_detector(config.weights, config.preprocess, **given)
+    model, metadata = load_detector(config.weights, config.preprocess, **config.thresholds())
     if metadata["model"] != canonical_name(config.model):
         raise InputError(
             f"{config.weights} holds {metadata['model']}, not {config.model}: set model={metadata['model']}"

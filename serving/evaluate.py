@@ -142,9 +142,8 @@ def run_eval(config: str, overrides: Sequence[str], source: Source) -> tuple[dic
         detector = load_config(DetectorConfig, config, overrides)
         _same(canonical_name(detector.model), source.metadata.model, "model")
         _same(detector.preprocess, source.metadata.preprocess, "preprocess")
-        for name in ("score_threshold", "nms_iou", "max_detections"):
-            if getattr(detector, name) is not None:
-                _same(getattr(detector, name), getattr(source.metadata, name), name)
+        for name, value in detector.thresholds().items():
+            _same(value, getattr(source.metadata, name), name)
         result, output = _ap(detector, source, source.metadata), detector.output
         line = detector_summary(result)
     result |= {"source": source.name, "artifact": source.metadata.model_dump(mode="json")}

@@ -4,7 +4,6 @@ before the file appears under its name.
 Shapes: N images, H x W pixels of a canvas, C classes.
 """
 
-import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -141,9 +140,8 @@ def _write(
 
 
 def _save(graph: onnx.ModelProto, artifact: Artifact, path: Path) -> None:
-    labelled = copy.deepcopy(graph)
-    onnx.helper.set_model_props(labelled, to_metadata(artifact))
-    onnx.save(labelled, path)
+    onnx.helper.set_model_props(graph, to_metadata(artifact))  # replaces what was there
+    onnx.save(graph, path)
 
 
 def _versions() -> dict[str, str]:
