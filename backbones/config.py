@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ClassifierPreprocess
+from backbones.published import protocol
 from backbones.schema import Device, OptimizerName, Section, Seed
 
 
@@ -22,28 +23,42 @@ class ImageData(Section):
     split: str = "val"
     ground_truth: str | None = None  # for a flat folder of images
     label_ids: Literal["auto", "index", "ilsvrc2012"] = "auto"  # what integers in it mean
+    real_labels: str | None = None  # ReaL's real.json, scored beside the original labels
+    decoder: Literal["pillow", "torchvision", "opencv"] = "pillow"  # the others are faster and drift a little
+    on_error: Literal["stop", "skip"] = "stop"  # at an image that cannot be decoded
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=2, ge=0)
 
 
 class ClassifierTraining(Section):
-    """Linear warm-up, cosine decay to zero, label smoothing, augmentation."""
+    """A recipe. `lr` is for `lr_batch` images a step, if that is given, and scaled to the batch that is used."""
 
     epochs: int = Field(default=90, ge=1)
-    optimizer: OptimizerName = "sgd"
+    optimizer: Literal[OptimizerName, "lamb"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
+    lr_batch: int | None = Field(default=None, ge=1)
+    schedule: Literal["cosine", "poly"] = "cosine"  # after a linear warm-up, down to 0
+    poly_power: float = Field(default=4.0, gt=0)
+    warmup_epochs: float = Field(default=1.0, ge=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
-    warmup_epochs: float = Field(default=1.0, ge=0)
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    accumulate: int = Field(default=1, ge=1)  # batches a step
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of the averaged weights, which are then evaluated
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0)  # alpha of the Beta distribution; 0 is off
+    cutmix: float = Field(default=0.0, ge=0)
     min_scale: float = Field(default=0.35, gt=0, le=1)  # smallest share of the area a random crop keeps
     horizontal_flip: float = Field(default=0.5, ge=0, le=1)
     vertical_flip: float = Field(default=0.0, ge=0, le=1)
     color_jitter: float = Field(default=0.2, ge=0, le=1)
+    randaugment: int = Field(default=0, ge=0, le=10)  # magnitude; 0 is off
+    random_erasing: float = Field(default=0.0, ge=0, le=1)  # probability
 
 
 class ClassifierConfig(Section):
-    """A run of `python -m backbones {train,eval}`."""
+    """A run of `python -m backbones {train,eval}`; what `preprocess` leaves out is the model's own protocol."""
 
     model: str
     num_classes: int = Field(default=1000, ge=1)
@@ -55,8 +70,18 @@ class ClassifierConfig(Section):
     seed: Seed = 0
     device: Device = "auto"
     amp: bool = False
+    channels_last: bool = False
+    sync_batchnorm: bool = False  # over the processes of torchrun
     resume: bool = False  # go on from the output folder's last.pt
     output: str = "runs/classifier"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _protocol(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("preprocess") or {}, dict):
+            return values
+        own = protocol(str(values.get("model"))).model_dump()
+        return values | {"preprocess": own | (values.get("preprocess") or {})}
 
 
 Schema = TypeVar("Schema", bound=BaseModel)
