@@ -1,6 +1,8 @@
 """A training run's device, seeds and folder, from which it resumes exactly; both packages' training uses it."""
 
+import csv
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
+from backbones.distributed import is_main, world_size
 from backbones.errors import InputError
 from backbones.files import check_writable, write_aside, write_json
 from backbones.weights import save_weights
 
 # What may differ between a run and its resumption.
-PLACES = {"root", "ground_truth", "train_images", "train_annotations", "images", "annotations"}
+PLACES = {"root", "ground_truth", "real_labels", "train_images", "train_annotations", "images", "annotations"}
 ANY_TIME: Any = {"resume": True, "output": True, "device": True, "data": {"workers"} | PLACES}
 
 
@@ -28,6 +32,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: each process on its own card
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.empty(1, device=name)
         torch.set_flush_denormal(True)
         return torch.device(name)
@@ -43,26 +49,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _rng_state() -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).copy()), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
-
-
 class Run:
-    """One training run's folder: `last.pt` to resume from, `best.safetensors`, `history.json`.
+    """One training run's folder: `last.pt` to resume from, `{best,last}.safetensors`, `history.{json,csv}`.
+
+    A checkpoint holds no state of random generators: seed them anew each epoch, from the run's seed and the epoch.
+    Under torchrun every process has a `Run`; the main one writes.
 
     Attributes:
         history: an entry an epoch, `{"epoch": 1, "loss": ..., <metric>: ...}`.
@@ -71,6 +62,8 @@ class Run:
         config: the run's; its `resume` says whether to go on from `last.pt`, its `output` where that is.
         metric: the key of `history` whose first largest value is the best epoch's.
         metadata: of the weights that are saved.
+        ema: averaged weights of `model`, saved in its place.
+        facts: what else has to be the same for a resumed run to end as an undisturbed one, such as its images.
 
     Raises:
         InputError: the folder cannot be written, there is nothing to resume from, or it is another run's.
@@ -84,32 +77,42 @@ class Run:
         scaler: torch.amp.GradScaler,
         metric: str,
         metadata: dict[str, Any],
+        *,
+        ema: AveragedModel | None = None,
+        facts: dict[str, Any] | None = None,
     ):
         self.output, self.metric, self.metadata = Path(config.output), metric, metadata
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.settings = config.model_dump(mode="json", exclude=ANY_TIME)
+        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        if ema is not None:
+            self.parts["ema"] = ema
+        self.weights: nn.Module = model if ema is None else ema.module
+        here = {"device": next(model.parameters()).device.type, "processes": world_size()}
+        self.settings = _flat(config.model_dump(mode="json", exclude=ANY_TIME)) | here | (facts or {})
         self.history: list[dict[str, float]] = []
-        check_writable(self.output)
+        if is_main():
+            check_writable(self.output)
         if config.resume:
             self._load(self.output / "last.pt")
 
     def finish_epoch(self, entry: dict[str, float]) -> None:
-        """Keep an epoch: its figures, all that the next one depends on, and the weights if they are the best."""
+        """Keep an epoch: its figures, all that the next one depends on, and the weights, also as the best if they are.
+
+        `last.pt` comes last: until it is there, the epoch is not finished, and a resumed run repeats it.
+        """
         best = max((earlier[self.metric] for earlier in self.history), default=-math.inf)
         self.history.append({"epoch": len(self.history) + 1, **entry})
-        if entry[self.metric] > best:
-            save_weights(self.output / "best.safetensors", self.model, self.metadata)
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": _rng_state(),
-            "history": self.history,
-            "settings": self.settings,
-        }
-        with write_aside(self.output / "last.pt") as aside:
-            torch.save(state, aside)
+        if not is_main():
+            return
+        for name in ("last", "best") if entry[self.metric] > best else ("last",):
+            save_weights(self.output / f"{name}.safetensors", self.weights, self.metadata)
         write_json(self.output / "history.json", self.history)
+        with write_aside(self.output / "history.csv") as aside, aside.open("w", newline="") as file:
+            rows = csv.DictWriter(file, self.history[0])
+            rows.writeheader()
+            rows.writerows(self.history)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        with write_aside(self.output / "last.pt") as aside:
+            torch.save(state | {"history": self.history, "settings": self.settings}, aside)
 
     def result(self) -> dict[str, Any]:
         """The best epoch's figures, the history, and where the best weights are."""
@@ -125,14 +128,20 @@ class Run:
         except Exception as error:  # torch raises half a dozen kinds here
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{path} is no checkpoint of a run ({reason}): give another output folder") from None
-        differing = [key for key in settings if settings[key] != self.settings.get(key)]
+        differing = [key for key in {**settings, **self.settings} if settings.get(key) != self.settings.get(key)]
         if differing:
             key = differing[0]
             raise InputError(
-                f"{path} is of a run with {key}={settings[key]}, not {self.settings.get(key)}: give the same config"
+                f"{path} is of a run with {key}={settings.get(key)}, not {self.settings.get(key)}: give the same"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        _set_rng_state(state["rng"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.history = state["history"]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections under dotted keys, as they are written on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

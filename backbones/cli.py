@@ -1,7 +1,7 @@
 """What the three packages' command lines share; no torch here."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from backbones.errors import exit_on_input_error
 
@@ -10,6 +10,17 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG and its dotted overrides."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as those of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values over the file's, such as data.root=…")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return int(text)
+
+    return parse
 
 
 def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> None:

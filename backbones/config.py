@@ -24,7 +24,7 @@ class ImageData(Section):
     ground_truth: str | None = None  # for a flat folder of images
     label_ids: Literal["auto", "index", "ilsvrc2012"] = "auto"  # what integers in it mean
     real_labels: str | None = None  # ReaL's real.json, scored beside the original labels
-    decoder: Literal["pillow", "torchvision", "opencv"] = "pillow"  # the others are faster and drift a little
+    decoder: Literal["pillow", "torchvision", "opencv"] = "pillow"  # docs/backbones.md says what the others bring
     on_error: Literal["stop", "skip"] = "stop"  # at an image that cannot be decoded
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=2, ge=0)

@@ -1,110 +1,31 @@
-"""CSPNet: blocks, stages, the network, the table of variants, and `create_model`. Read this file first.
+"""CSPNet: one network as an ImageNet classifier and as a detector's or segmenter's backbone. Read this file first.
 
 Paper: Wang et al., "CSPNet: A New Backbone that can Enhance Learning Capability of CNN", arXiv 1911.11929.
-The variants are those of timm's `cspnet.py`, whose published weights they load, under the same parameter names.
-Deviations from the paper, as in timm: one 1x1 convolution feeds both paths and its output is split in
-half, where the authors' Darknet configs have one convolution a path (equal in function) and an uneven split
-in the first stage; CSPResNeXt's downsampling is grouped.
+A network is a stem, stages and a head. `variants.py` is the table of networks, `stages.py` has the split and the
+join that the paper is about, `blocks.py` what lies between them, `dense.py` the DenseNet side.
 
-Shapes: N images, C channels, H x W pixels; a map cK has stride 2^K.
+Shapes: N images, C channels, H x W pixels; a map cK has stride 2^K, unless `output_stride` keeps it larger.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
-from backbones.errors import unknown
-from backbones.preprocess import ClassifierPreprocess
+from backbones.dense import DenseVariant
+from backbones.errors import InputError, unknown
+from backbones.published import ALIASES
+from backbones.stages import Resolution
+from backbones.variants import VARIANTS, Variant
 from backbones.weights import load_weights
 
-# timm's evaluation of the published weights: 256 pixels are 0.887 of the resized short side.
-TIMM = ClassifierPreprocess(resize=288, crop=256, interpolation="bilinear")
+LEVELS = ("c1", "c2", "c3", "c4", "c5")
+PLAIN = "_plain"
 
-
-class ConvNormAct(nn.Module):
-    """Convolution without bias, BatchNorm, LeakyReLU(0.01) unless linear; [N, C, H, W] -> [N, C', H', W']."""
-
-    def __init__(self, cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1, linear: bool = False):
-        super().__init__()
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(cout)
-        self.act = nn.Identity() if linear else nn.LeakyReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
-
-
-class Bottleneck(nn.Module):
-    """ResNe(X)t's block: 1x1, 3x3, linear 1x1, sum, activation; keeps the shape."""
-
-    def __init__(self, channels: int, bottleneck: float, groups: int):
-        super().__init__()
-        hidden = round(channels * bottleneck)
-        self.conv1 = ConvNormAct(channels, hidden, 1)
-        self.conv2 = ConvNormAct(hidden, hidden, 3, groups=groups)
-        self.conv3 = ConvNormAct(hidden, channels, 1, linear=True)
-        self.act3 = nn.LeakyReLU(inplace=True)
-        nn.init.zeros_(self.conv3.bn.weight)  # a fresh block is the identity
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act3(self.conv3(self.conv2(self.conv1(x))) + x)
-
-
-class DarkBlock(nn.Module):
-    """DarkNet's block: 1x1, 3x3, sum, no activation after it; keeps the shape."""
-
-    def __init__(self, channels: int, bottleneck: float, groups: int):
-        super().__init__()
-        hidden = round(channels * bottleneck)
-        self.conv1 = ConvNormAct(channels, hidden, 1)
-        self.conv2 = ConvNormAct(hidden, channels, 3, groups=groups)
-        nn.init.zeros_(self.conv2.bn.weight)  # a fresh block is the identity
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x)) + x
-
-
-class CSPStage(nn.Module):
-    """[N, cin, H, W] -> [N, cout, H/stride, W/stride].
-
-    Downsample, expand to `2 * width` channels, send the second half through the blocks, join, fuse:
-
-        conv_down -> conv_exp -+-- first half ----------------------------+-> concat -> conv_transition
-                               +-- second half -> blocks -> conv_transition_b -+
-
-    With `grow_first` the downsampling convolution already widens to `cout`; with `linear_expand` the
-    expansion has no activation.
-    """
-
-    def __init__(
-        self,
-        block: Callable[[int, float, int], nn.Module],
-        cin: int,
-        cout: int,
-        stride: int,
-        depth: int,
-        width: int,
-        bottleneck: float,
-        groups: int,
-        grow_first: bool,
-        linear_expand: bool,
-    ):
-        super().__init__()
-        down = cout if grow_first else cin
-        self.conv_down = nn.Identity() if stride == 1 else ConvNormAct(cin, down, 3, stride, groups)
-        self.conv_exp = ConvNormAct(cin if stride == 1 else down, 2 * width, 1, linear=linear_expand)
-        self.blocks = nn.Sequential(*(block(width, bottleneck, groups) for _ in range(depth)))
-        self.conv_transition_b = ConvNormAct(width, width, 1)
-        self.conv_transition = ConvNormAct(2 * width, cout, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_exp(self.conv_down(x))  # [N, 2 * width, H/stride, W/stride]
-        cross, blocks = x.chunk(2, dim=1)  # the paper's split: two of [N, width, ...]
-        blocks = self.conv_transition_b(self.blocks(blocks))
-        return self.conv_transition(torch.cat((cross, blocks), dim=1))  # [N, cout, ...]
+BatchNorm = Literal["batch", "frozen", "sync"]
 
 
 class Head(nn.Module):
@@ -118,86 +39,68 @@ class Head(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@dataclass(frozen=True)
-class Stem:
-    """One convolution of stride 2 and a 3x3 max-pool of stride 2 (`stride=4`), or the convolution alone."""
-
-    channels: int
-    kernel: int
-    stride: int
-
-
-@dataclass(frozen=True)
-class Published:
-    """Accuracy that others published, in percent, with the protocol it was measured under."""
-
-    by: str
-    preprocess: ClassifierPreprocess
-    top1: float
-    top5: float
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table. A tuple has one entry a stage."""
-
-    block: Callable[[int, float, int], nn.Module]
-    stem: Stem
-    depths: tuple[int, ...]
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    expand: tuple[float, ...]  # expansion's channels over the stage's; half of them goes through the blocks
-    bottleneck: tuple[float, ...]
-    groups: int = 1
-    grow_first: bool = False
-    linear_expand: bool = False
-    hub: str | None = None  # the repository of timm's published weights
-    published: tuple[Published, ...] = ()
-    preprocess: ClassifierPreprocess = TIMM  # evaluation's, unless a config says otherwise
-
-
 class CSPNet(nn.Module):
-    """A CSP network as an ImageNet classifier and, through `forward_features`, as a detector's backbone.
+    """A CSP network, or its plain twin, from a row of the table.
 
     Attributes:
         channels: channels of each feature map, `{"c2": ..., ..., "c5": ...}`.
         strides: pixels of the image a cell of each map, `{"c2": 4, ..., "c5": 32}`.
 
-    `num_classes=0` leaves the classifier out.
+    Args:
+        num_classes: 0 leaves the classifier out, and the stages above the highest of `levels`.
+        levels: the maps that `forward_features` gives, some of c1...c5.
+        output_stride: 8, 16 or 32; from there on convolutions are dilated instead of strided.
+        drop_path: rate of the last block; the others' rise to it linearly (Huang et al., arXiv 1603.09382).
+        frozen: keep everything up to this level, such as c2, as it is: no gradients, BatchNorm in evaluation mode.
+        checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+
+    Raises:
+        InputError: unknown levels or another output stride.
     """
 
-    def __init__(self, name: str, variant: Variant, num_classes: int):
+    def __init__(
+        self, name: str, variant: Variant | DenseVariant, num_classes: int, *, levels: Sequence[str] = LEVELS[1:],
+        output_stride: int = 32, drop_path: float = 0.0, frozen: str | None = None, checkpointing: bool = False,
+    ):  # fmt: skip
         super().__init__()
+        for level in (*levels, *filter(None, [frozen])):
+            if level not in LEVELS:
+                raise unknown("feature level", level, LEVELS)
+        if output_stride not in (8, 16, 32) or not levels:
+            raise InputError(
+                f"output_stride={output_stride}, levels={list(levels)}: give 8, 16 or 32, and some of c1…c5"
+            )
         self.name, self.variant, self.num_classes = name, variant, num_classes
-        stem = variant.stem
-        self.stem = nn.Sequential()
-        self.stem.add_module("conv1", ConvNormAct(3, stem.channels, stem.kernel, min(stem.stride, 2)))
-        if stem.stride == 4:
-            self.stem.add_module("pool", nn.MaxPool2d(3, stride=2, padding=1))
+        self.levels = tuple(level for level in LEVELS if level in levels)
+        self.frozen = frozen
 
+        self.stem = variant.build_stem()
         self.stages = nn.Sequential()
-        self.channels: dict[str, int] = {}
-        self.strides: dict[str, int] = {}
-        cin, total = stem.channels, stem.stride
-        for i, (depth, cout, stride) in enumerate(zip(variant.depths, variant.channels, variant.strides, strict=True)):
-            width = round(cout * variant.expand[i]) // 2
-            stage = CSPStage(
-                variant.block, cin, cout, stride, depth, width, variant.bottleneck[i],
-                variant.groups, variant.grow_first, variant.linear_expand,
-            )  # fmt: skip
-            self.stages.append(stage)
-            cin, total = cout, total * stride
-            if total >= 4:  # C1 is of no use to a neck
-                level = f"c{total.bit_length() - 1}"
-                self.channels[level], self.strides[level] = cout, total
-
+        # Where in stem and stages, one after the other, the last module of each level stands.
+        taps: dict[str, tuple[int, int, int]] = {}  # index, channels, stride
+        cin, stride, nominal = variant.stem_channels, variant.stem_stride, variant.stem_stride
+        if stride > 1:
+            taps["c1"] = (len(self.stem) - (2 if stride == 4 else 1), cin, 2)  # before what takes the stem to 4
+        total = sum(variant.depths)
+        rates = iter([drop_path * block / max(1, total - 1) for block in range(total)])
+        dilation = 1
+        for i, (cout, wanted) in enumerate(zip(variant.channels, variant.strides, strict=True)):
+            at = _resolution(wanted, stride, output_stride, dilation)
+            stride, nominal, dilation = stride * at.stride, nominal * wanted, at.dilation
+            self.stages.append(variant.build_stage(i, cin, at, list(islice(rates, variant.depths[i]))))
+            cin = cout
+            taps[f"c{nominal.bit_length() - 1}"] = (len(self.stem) + i, cout, stride)
+            if num_classes == 0 and f"c{nominal.bit_length() - 1}" == self.levels[-1]:
+                break
+        self._taps = {level: taps[level][0] for level in self.levels}
+        self._frozen_until = taps[frozen][0] + 1 if frozen else 0
+        self.channels = {level: taps[level][1] for level in self.levels}
+        self.strides = {level: taps[level][2] for level in self.levels}
         self.head = Head(cin, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+        self._initialise()
+        self.set_checkpointing(checkpointing)
+        for module in self._modules_in_order()[: self._frozen_until]:
+            module.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] to logits [N, num_classes]."""
@@ -205,95 +108,108 @@ class CSPNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised images [N, 3, H, W] to maps `{"c2": [N, C2, H/4, W/4], ..., "c5": [N, C5, H/32, W/32]}`."""
-        features, total = {}, self.variant.stem.stride
-        x = self.stem(x)
-        for stage, stride in zip(self.stages, self.variant.strides, strict=True):
-            x = stage(x)
-            total *= stride
-            if total >= 4:
-                features[f"c{total.bit_length() - 1}"] = x
-        return features
+        maps = []
+        for module in self._modules_in_order()[: self._taps[self.levels[-1]] + 1]:
+            x = module(x)
+            maps.append(x)
+        return {level: maps[index] for level, index in self._taps.items()}
+
+    def train(self, mode: bool = True) -> "CSPNet":
+        super().train(mode)
+        for module in self._modules_in_order()[: self._frozen_until]:
+            module.eval()
+        return self
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Switch gradient checkpointing, which saves memory in training for about a third more time."""
+        for stage in self.stages:
+            setattr(stage, "checkpointing", on)  # noqa: B010 - torch types modules' attributes as modules
+
+    def _modules_in_order(self) -> list[nn.Module]:
+        return [*self.stem, *self.stages]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
 
 
-def _mmpretrain(crop: int, top1: float, top5: float) -> Published:
-    resize = {256: 288, 224: 256}[crop]
-    return Published("mmpretrain", ClassifierPreprocess(resize=resize, crop=crop), top1, top5)
+def _resolution(wanted: int, stride: int, output_stride: int, dilation: int) -> Resolution:
+    """A stage's stride, or the dilation in its place where the maps are to be no smaller; as timm does."""
+    if stride >= output_stride and wanted > 1:
+        wanted, dilation = 1, dilation * wanted
+    return Resolution(wanted, first=1 if dilation <= 2 else 2, dilation=dilation)
 
 
-def _timm(top1: float, top5: float) -> Published:
-    return Published("timm", TIMM, top1, top5)
-
-
-_RESNET = Variant(
-    block=Bottleneck,
-    stem=Stem(channels=64, kernel=7, stride=4),
-    depths=(3, 3, 5, 2),
-    channels=(128, 256, 512, 1024),
-    strides=(1, 2, 2, 2),
-    expand=(2, 2, 2, 2),
-    bottleneck=(0.5, 0.5, 0.5, 0.5),
-    linear_expand=True,
-)
-_RESNEXT = replace(_RESNET, channels=(256, 512, 1024, 2048), expand=(1,) * 4, bottleneck=(1,) * 4, groups=32)
-_DARKNET = Variant(
-    block=DarkBlock,
-    stem=Stem(channels=32, kernel=3, stride=1),
-    depths=(1, 2, 8, 8, 4),
-    channels=(64, 128, 256, 512, 1024),
-    strides=(2, 2, 2, 2, 2),
-    expand=(2, 1, 1, 1, 1),
-    bottleneck=(0.5, 1, 1, 1, 1),
-    grow_first=True,
-)
-
-VARIANTS: dict[str, Variant] = {
-    "cspresnet50": replace(
-        _RESNET,
-        hub="timm/cspresnet50.ra_in1k",
-        published=(_timm(79.578, 94.698), _mmpretrain(256, 79.55, 94.68)),
-    ),
-    "cspresnext50": replace(
-        _RESNEXT,
-        hub="timm/cspresnext50.ra_in1k",
-        published=(_timm(80.548, 95.330), _mmpretrain(224, 79.96, 94.96)),
-    ),
-    "cspdarknet50": replace(
-        _DARKNET,
-        hub="timm/cspdarknet53.ra_in1k",
-        published=(_timm(80.078, 95.060), _mmpretrain(256, 80.05, 95.07)),
-    ),
-    # Small ones, ours, for tests, the quickstart and laptops; nobody published weights of them.
-    "cspresnet10": replace(
-        _RESNET, stem=Stem(32, 7, 4), depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), expand=(1,) * 4
-    ),
-    "cspresnext10": replace(_RESNEXT, stem=Stem(32, 7, 4), depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), groups=8),
-    "cspdarknet10": replace(_DARKNET, stem=Stem(16, 3, 1), depths=(1, 1, 1, 1, 1), channels=(32, 64, 128, 256, 512)),
-}
-ALIASES = {"cspdarknet53": "cspdarknet50"}  # timm's and the authors' name counts the convolutions
-
-
-def get_variant(name: str) -> tuple[str, Variant]:
-    """The table's name and row for a name or alias.
+def get_variant(name: str) -> tuple[str, Variant | DenseVariant]:
+    """The table's name and row for a name, an alias, or either with `_plain` for the twin without cross-stage paths.
 
     Raises:
-        InputError: no such name; the nearest one is named.
+        InputError: no such name, and the nearest one; or a network that is plain itself.
     """
-    name = ALIASES.get(name, name)
-    if name not in VARIANTS:
+    base = name.removesuffix(PLAIN)
+    known = ALIASES.get(base, base)
+    if known not in VARIANTS:
         raise unknown("model", name, [*VARIANTS, *ALIASES])
-    return name, VARIANTS[name]
+    variant = VARIANTS[known]
+    if base == name:
+        return known, variant
+    if variant.plain is None:
+        raise InputError(f"{known} is plain itself, there is no {name}: leave {PLAIN} out")
+    return known + PLAIN, variant.plain
 
 
 def create_model(
-    name: str, num_classes: int = 1000, weights: str | Path | None = None, *, ignore_head: bool = False
+    name: str,
+    num_classes: int = 1000,
+    weights: str | Path | None = None,
+    *,
+    ignore_head: bool = False,
+    plain: bool = False,
+    levels: Sequence[str] = LEVELS[1:],
+    output_stride: int = 32,
+    drop_path: float = 0.0,
+    frozen: str | None = None,
+    batchnorm: BatchNorm = "batch",
+    checkpointing: bool = False,
 ) -> CSPNet:
-    """Build a network of the table; `weights` is a source that `weights.load_weights` reads.
+    """Build a network of the table; see `CSPNet` for what is not said here.
+
+    Args:
+        weights: a source that `weights.load_weights` reads.
+        ignore_head: leave the weights' classifier out.
+        plain: the twin without cross-stage paths, from the same blocks.
+        batchnorm: `frozen` for torchvision's FrozenBatchNorm2d, which belongs over pretrained weights, or `sync` for
+            statistics over all processes.
 
     Raises:
         InputError: unknown name, or weights that do not fit.
     """
-    name, variant = get_variant(name)
-    model = CSPNet(name, variant, num_classes)
+    name, variant = get_variant(name + PLAIN if plain and not name.endswith(PLAIN) else name)
+    model = CSPNet(
+        name, variant, num_classes, levels=levels, output_stride=output_stride, drop_path=drop_path, frozen=frozen,
+        checkpointing=checkpointing,
+    )  # fmt: skip
     if weights is not None:
         load_weights(model, weights, ignore_head=ignore_head)
+    if batchnorm == "frozen":
+        freeze_batchnorm(model)
+    elif batchnorm == "sync":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
+
+
+def freeze_batchnorm(module: nn.Module) -> None:
+    """Replace every BatchNorm2d below `module` by torchvision's FrozenBatchNorm2d with the same numbers."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen)
+        else:
+            freeze_batchnorm(child)

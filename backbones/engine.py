@@ -1,21 +1,31 @@
 """The loops over a classifier: one epoch of training, one evaluation. Plain functions that return a dict."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from backbones.cspnet import CSPNet
+from backbones.distributed import gather, is_main, rank, world_size
 from backbones.errors import InputError
-from backbones.metrics import Accuracy, rank
+from backbones.imagenet import ImageNet, create_loader
+from backbones.memory import in_parts
+from backbones.metrics import Accuracy
+from backbones.metrics import rank as rank_classes
 from backbones.preprocess import ClassifierPreprocess
 from backbones.progress import progress
 
-Loader = DataLoader[tuple[Tensor, Tensor]]
+T = TypeVar("T")
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def normalize(pixels: Tensor, preprocess: ClassifierPreprocess) -> Tensor:
@@ -25,64 +35,235 @@ def normalize(pixels: Tensor, preprocess: ClassifierPreprocess) -> Tensor:
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Share of the full learning rate at a step: a linear rise, then half a cosine down to 0."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def train_one_epoch(
-    model: CSPNet,
-    loader: Loader,
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    targets: Tensor,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     preprocess: ClassifierPreprocess,
     lrs: Sequence[float],
     *,
-    label_smoothing: float,
-    amp: bool,
-    title: str,
+    accumulate: int = 1,
+    mix: Mix | None = None,
+    ema: AveragedModel | None = None,
+    label_smoothing: float = 0.0,
+    clip_grad_norm: float | None = None,
+    amp: bool = False,
+    channels_last: bool = False,
+    title: str = "training",
 ) -> dict[str, float]:
-    """One pass over `loader`; `lrs` has the learning rate of each step. Returns mean loss and accuracy.
+    """One pass over `loader`. Returns the mean loss, the accuracy unless images are mixed, `images` seen, `seconds`,
+    over all processes.
+
+    A step's gradient is that of its batches as one large batch, but for BatchNorm, whose statistics are a batch's.
+
+    Args:
+        model: a classifier, or one in DistributedDataParallel.
+        loader: batches (uint8 [n, H, W, 3], indices int64 [n]), `accumulate` a step, as many in every process.
+        targets: int64 [len(dataset)], the classes of the images that the indices count.
+        lrs: the learning rate of each step.
+        mix: (float [n, 3, H, W], int64 [n]) -> images alike and soft targets [n, C].
+        ema: averaged after each step.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: the loss is not finite, or there is a batch without two images that could be decoded.
     """
     model.train()
     device = next(model.parameters()).device
-    total = right = seen = 0.0
-    bar = progress(loader, desc=title, unit="batch")
-    for step, (pixels, targets) in enumerate(bar):
-        for group in optimizer.param_groups:
-            group["lr"] = lrs[step]
-        targets = targets.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
-            logits = model(normalize(pixels.to(device, non_blocking=True), preprocess))
-            loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise InputError(f"{title}: the loss is {value} at step {step}: lower train.lr or lengthen the warm-up")
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        total += value * len(targets)
-        right += (logits.argmax(1) == targets).sum().item()
-        seen += len(targets)
-        bar.set_postfix(loss=f"{total / seen:.3f}", refresh=False)
-    return {"loss": total / seen, "train_top1": right / seen}
+    look = 1 if device.type == "cpu" else 20  # steps between looks at the loss: CUDA must not wait for each
+    totals = torch.zeros(3, device=device)  # sum of losses, right answers, images
+    start = time.monotonic()
+    bar = progress(loader, total=len(lrs) * accumulate, desc=title, unit="batch", disable=not is_main())
+    for count, (pixels, indices) in enumerate(bar, start=1):
+        if len(pixels) < 2:
+            raise InputError(f"{title}: {len(pixels)} images of a batch could be decoded: repair the data set")
+        step, whole = (count - 1) // accumulate, count % accumulate == 0
+        labels = targets[indices].to(device, non_blocking=True)
+        images = normalize(pixels.to(device, non_blocking=True), preprocess)
+        images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        mixed, wanted = mix(images, labels) if mix else (images, labels)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not whole else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
+                logits = model(mixed)
+                loss = F.cross_entropy(logits, wanted, label_smoothing=label_smoothing)
+            scaler.scale(loss / accumulate).backward()
+        right = (logits.argmax(1) == labels).sum()
+        totals += torch.stack([loss.detach() * len(labels), right, torch.full_like(right, len(labels))])
+        if not whole:
+            continue
+        if (step + 1) % look == 0 or step + 1 == len(lrs):
+            _show(bar, totals, lrs[step], start, f"{title}: the loss is {{}} at step {step}")
+        _step(model, optimizer, scaler, lrs[step], clip_grad_norm)
+        if ema is not None:
+            ema.update_parameters(unwrap(model))
+    loss_sum, hits, seen = (sum(column) for column in zip(*gather(totals.tolist()), strict=True))
+    accuracy = {} if mix else {"train_top1": hits / seen}
+    return {"loss": loss_sum / seen, **accuracy, "images": seen, "seconds": time.monotonic() - start}
+
+
+def _show(bar: Any, totals: Tensor, lr: float, start: float, broken: str) -> None:
+    """The figures so far on the progress bar; stop where they are not finite."""
+    loss_sum, _, seen = totals.tolist()
+    if not math.isfinite(loss_sum):
+        raise InputError(broken.format(loss_sum) + ": lower train.lr or lengthen the warm-up")
+    speed = seen * world_size() / (time.monotonic() - start)
+    bar.set_postfix(loss=f"{loss_sum / seen:.3f}", lr=f"{lr:.2g}", images_s=f"{speed:.0f}", refresh=False)
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float, clip: float | None
+) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network says of a data set's images; those that could not be decoded and were skipped are missing.
+
+    Attributes:
+        indices: int64 [M], positions in the data set, rising.
+        logits: float32 [M, C].
+        batch_size: how many images at once memory held.
+    """
+
+    indices: npt.NDArray[np.int64]
+    logits: npt.NDArray[np.float32]
+    batch_size: int
+
+
+def predict(
+    model: nn.Module,
+    dataset: ImageNet,
+    *,
+    batch_size: int,
+    workers: int,
+    amp: bool = False,
+    channels_last: bool = False,
+    title: str = "evaluating",
+) -> Predictions:
+    """Logits of every image, each computed once; under torchrun every process takes its share and gets the whole.
+
+    A batch that does not fit into memory is run in halves, as are those after it.
+
+    Raises:
+        InputError: an image that cannot be decoded where errors stop the run, in whatever process; no image at all;
+            or memory does not hold a single image.
+    """
+    share = range(rank(), len(dataset), world_size())
+    found = everywhere(
+        lambda: _predict(model, dataset, share, batch_size, workers, amp=amp, channels_last=channels_last, title=title)
+    )
+    indices = np.concatenate([part.indices for part in found])
+    if not len(indices):
+        raise InputError(f"none of the {len(dataset)} images can be decoded: is this the right data set?")
+    order = np.argsort(indices)
+    logits = np.concatenate([part.logits for part in found if len(part.indices)])
+    return Predictions(indices[order], logits[order], min(part.batch_size for part in found))
 
 
 @torch.inference_mode()
-def evaluate(
-    model: CSPNet, loader: Loader, preprocess: ClassifierPreprocess, classes: Sequence[str], title: str = "evaluating"
-) -> dict[str, Any]:
-    """Top-1 and top-5, overall and per class, as `metrics.Accuracy` gives them."""
+def _predict(
+    model: nn.Module,
+    dataset: ImageNet,
+    share: Sequence[int],
+    batch_size: int,
+    workers: int,
+    *,
+    amp: bool,
+    channels_last: bool,
+    title: str,
+) -> Predictions:
     model.eval()
     device = next(model.parameters()).device
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(pixels: Tensor) -> Tensor:
+        images = normalize(pixels.to(device, non_blocking=True), dataset.preprocess).contiguous(memory_format=layout)
+        with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
+            logits = model(images)
+        # Into pinned memory, without waiting: the next batch starts while this one runs.
+        return logits.float().to("cpu", non_blocking=True)
+
+    indices, logits = [torch.empty(0, dtype=torch.int64)], []
+    loader = create_loader(dataset, batch_size, workers, share)
+    for pixels, positions in progress(loader, desc=title, unit="batch", disable=not is_main()):
+        fits = batch_size
+        parts, batch_size = in_parts(forward, pixels, batch_size)
+        if batch_size < fits:
+            print(f"memory does not hold {fits} images at once: going on with {batch_size}", flush=True)
+        logits += parts
+        indices.append(positions)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    joined = torch.cat(logits) if logits else torch.empty(0, 0)
+    return Predictions(torch.cat(indices).numpy(), joined.numpy(), batch_size)
+
+
+def everywhere(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in each process of torchrun, in order of rank, on every one.
+
+    Raises:
+        InputError: one of them met it. All raise it, so that none waits in vain for another's result.
+    """
+    try:
+        mine, problem = work(), None
+    except InputError as error:
+        if world_size() == 1:
+            raise
+        mine, problem = None, str(error)
+    outcomes = gather((mine, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise InputError(problem)
+    return [value for value, _ in outcomes]
+
+
+def on_main(work: Callable[..., object], *args: object) -> None:
+    """`work(*args)` in the main process alone, while the others wait.
+
+    Raises:
+        InputError: it met it; all raise it.
+    """
+
+    def mine() -> None:
+        if is_main():
+            work(*args)
+
+    everywhere(mine)
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: ImageNet,
+    classes: Sequence[str],
+    *,
+    batch_size: int,
+    workers: int,
+    amp: bool = False,
+    channels_last: bool = False,
+    title: str = "evaluating",
+) -> dict[str, Any]:
+    """Top-1 and top-5, overall and per class, as `metrics.Accuracy` gives them, and how many images were skipped.
+
+    Raises:
+        InputError: as `predict`, or logits that are not finite.
+    """
+    predictions = predict(
+        model, dataset, batch_size=batch_size, workers=workers, amp=amp, channels_last=channels_last, title=title
+    )
     accuracy = Accuracy(classes)
-    for pixels, targets in progress(loader, desc=title, unit="batch"):
-        logits = model(normalize(pixels.to(device, non_blocking=True), preprocess))
-        accuracy.update(rank(logits.float().cpu().numpy(), 5), targets.numpy())
-    return accuracy.compute()
+    accuracy.update(rank_classes(predictions.logits, 5), dataset.targets.numpy()[predictions.indices])
+    return accuracy.compute() | {"skipped": len(dataset) - len(predictions.indices)}

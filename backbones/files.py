@@ -8,7 +8,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from backbones.errors import InputError
@@ -18,10 +18,11 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".p
 
 def list_images(folder: str | Path) -> list[Path]:
     """The image files anywhere below a folder, recognised by their suffixes and sorted; hidden ones are left out."""
-    return sorted(path for path in Path(folder).rglob("*") if _is_image(path.relative_to(folder)) and path.is_file())
+    return sorted(path for path in Path(folder).rglob("*") if is_image(path.relative_to(folder)) and path.is_file())
 
 
-def _is_image(path: Path) -> bool:
+def is_image(path: PurePath) -> bool:
+    """Whether a path looks like that of an image file, and nothing in it is hidden."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in path.parts)
 
 

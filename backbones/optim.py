@@ -1,23 +1,65 @@
-"""The optimizers of both packages' training."""
+"""The optimizers of both packages' training and how their learning rate goes over a run."""
+
+import math
+from typing import Literal
 
 import torch
 from torch import nn
 
+from backbones.errors import InputError
 from backbones.schema import OptimizerName
+
+FUSED = ("cpu", "cuda")  # devices where one kernel updates everything; on the CPU to the same bits every time
 
 
 def create_optimizer(
-    model: nn.Module, name: OptimizerName, lr: float, momentum: float, weight_decay: float
+    model: nn.Module, name: OptimizerName | Literal["lamb"], lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW with `momentum` as its beta1, over what requires gradients.
+    """SGD with Nesterov momentum, or AdamW or LAMB with `momentum` as their beta1, over what requires gradients.
 
-    Biases and normalisation layers' parameters are not decayed.
+    Biases and normalisation layers' parameters are not decayed. LAMB is timm's, without its own clipping.
+
+    Raises:
+        InputError: LAMB without timm.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    fused = all(parameter.device.type in FUSED for parameter in parameters)
+    if name == "lamb":
+        return _lamb(groups, lr, momentum)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999))
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+
+
+def _lamb(groups: list[dict[str, object]], lr: float, momentum: float) -> torch.optim.Optimizer:
+    try:
+        from timm.optim.lamb import Lamb
+    except ImportError:
+        raise InputError("train.optimizer=lamb needs timm: pip install 'cspnet[lamb]'") from None
+    return Lamb(groups, lr=lr, betas=(momentum, 0.999), max_grad_norm=None)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the full learning rate at a step: a linear rise, then half a cosine down to 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * _progress(step, steps, warmup)))
+
+
+def warmup_poly(step: int, steps: int, warmup: int, power: float) -> float:
+    """Share of the full learning rate at a step: a linear rise, then (1 - t)^power down to 0.
+
+    Darknet's `policy=poly` counts t from the first step and rises with the fourth power; over its 1000 steps
+    of 800 000 that is no difference to speak of.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 - _progress(step, steps, warmup)) ** power
+
+
+def _progress(step: int, steps: int, warmup: int) -> float:
+    return (step - warmup) / max(1, steps - warmup)

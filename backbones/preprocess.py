@@ -1,10 +1,11 @@
 """Encoded image to the pixels a model sees: the one path that training's evaluation, the artefacts, the
-endpoints and batch jobs share. Pillow decodes and resizes; no torch here.
+endpoints and batch jobs share. Pillow decodes and resizes; no torch here, unless its decoder is asked for.
 
 Shapes: h, w an image's size; H, W a canvas's; N images in a batch. Pixels are uint8 RGB.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that star
 
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["bilinear", "bicubic"]
+Decoder = Literal["pillow", "torchvision", "opencv"]
 Triple = tuple[float, float, float]
 
 
@@ -94,11 +96,14 @@ class Fitted:
         return np.minimum(boxes * scale, limit)
 
 
-def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS, decoder: Decoder = "pillow") -> Image.Image:
     """An encoded image, or the path of one, as an upright RGB picture.
 
     Grayscale, palette, CMYK and 16-bit images are converted; EXIF rotation is applied; the size is
     checked in the header, before any pixel is decoded.
+
+    Args:
+        decoder: for JPEG files in colour or grayscale; all others, and broken ones, are Pillow's.
 
     Raises:
         ImageError: no image, a truncated or broken one, or more than `max_pixels`.
@@ -107,11 +112,19 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Im
     if source == b"":
         raise ImageError("image is empty: send the bytes of a JPEG or PNG file")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width}x{image.height}"
+        if decoder != "pillow" and not isinstance(source, bytes):
+            source = Path(source).read_bytes()
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
+            if opened.width * opened.height > max_pixels:
+                size = f"{opened.width}x{opened.height}"
                 raise ImageError(f"{name} has {size} pixels, over the limit of {max_pixels}: make it smaller")
-            upright: Image.Image = ImageOps.exif_transpose(image)
+            image: Image.Image = opened
+            if decoder != "pillow" and opened.format == "JPEG" and opened.mode in ("RGB", "L"):
+                assert isinstance(source, bytes)
+                image = _decode_jpeg(source, decoder) or opened
+                image.info = opened.info  # where the EXIF data is
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -121,9 +134,34 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> Image.Im
     except Exception as error:  # decoders raise anything on hostile bytes; each means a bad image
         reason = "no image format that is read here" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"{name} cannot be decoded ({reason}): send a whole JPEG or PNG file") from None
-    if upright.mode.startswith("I"):  # 16 bits a sample: keep the upper eight
-        return Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    return upright.convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits a sample: keep the upper eight
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    image.info.pop("transparency", None)  # it is dropped; of a palette with it Pillow would warn
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _decode_jpeg(body: bytes, decoder: Decoder) -> Image.Image | None:
+    """The picture as it lies in the file, before EXIF rotation; None where it is better left to Pillow."""
+    if decoder == "opencv":
+        import cv2
+
+        pixels = cv2.imdecode(np.frombuffer(body, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        order = "BGR"
+        if pixels is None:
+            return None
+    else:
+        import torch
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its deprecation in 0.29; the next versions are not promised
+                pixels = decode_jpeg(torch.frombuffer(bytearray(body), dtype=torch.uint8), ImageReadMode.RGB)
+        except RuntimeError:
+            return None
+        pixels, order = pixels.permute(1, 2, 0).numpy(), "RGB"  # [3, h, w] -> [h, w, 3]
+    h, w = pixels.shape[:2]
+    return Image.frombuffer("RGB", (w, h), np.ascontiguousarray(pixels), "raw", order, 0, 1)
 
 
 def classifier_pixels(image: Image.Image, spec: ClassifierPreprocess) -> Pixels:

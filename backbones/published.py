@@ -83,3 +83,27 @@ def protocol(model: str) -> ClassifierPreprocess:
     """How a network is evaluated unless a config says otherwise: as its published weights were, else at 256 pixels."""
     release = RELEASES.get(ALIASES.get(model, model))
     return release.figures[0].preprocess if release else ClassifierPreprocess(resize=288, crop=256)
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """The authors' own figures of one network on ImageNet-1k: weights of the convolutions in millions, BFLOPs (twice
+    the multiply-adds, in billions, of an image of `size` x `size` pixels), top-1 and top-5 in percent.
+    """
+
+    params: float
+    bflops: float
+    top1: float
+    top5: float
+    size: int = 256
+
+
+# By this project's name: the plain network, and the CSP network made of it.
+PAPER: dict[str, tuple[PaperRow, PaperRow]] = {
+    "cspresnet10_paper": (PaperRow(5.24, 2.273, 63.5, 85.0), PaperRow(2.73, 1.905, 65.3, 86.5)),
+    "cspresnet50_paper": (PaperRow(22.73, 9.74, 75.8, 92.9), PaperRow(21.57, 8.97, 76.6, 93.3)),
+    "cspresnext50_paper": (PaperRow(22.19, 10.11, 77.8, 94.2), PaperRow(20.50, 7.93, 77.9, 94.0)),
+    "cspdarknet53_paper": (PaperRow(41.57, 18.57, 77.2, 93.8), PaperRow(27.61, 13.07, 77.2, 93.6)),
+    "cspdensenet201_elastic": (PaperRow(19.48, 8.77, 77.9, 94.0, 224), PaperRow(20.17, 7.13, 77.9, 94.0, 224)),
+    "csppeleenet": (PaperRow(2.79, 1.017, 70.7, 90.0, 224), PaperRow(2.83, 0.888, 70.9, 90.2, 224)),
+}

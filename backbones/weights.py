@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from backbones.errors import InputError
 from backbones.files import write_aside
+from backbones.published import RELEASES
 
 if TYPE_CHECKING:
     from backbones.cspnet import CSPNet
@@ -48,7 +49,7 @@ def load_weights(model: "CSPNet", source: str | Path, *, ignore_head: bool = Fal
     Raises:
         InputError: nothing there, an unsafe pickle, or weights of another architecture or head size.
     """
-    state, metadata = read_weights(resolve(source, model.variant.hub))
+    state, metadata = read_weights(resolve(source, model.name))
     said = metadata.get("model", model.name)
     if said != model.name:
         raise InputError(f"{source} holds weights of {said}, not of {model.name}: set model={said}")
@@ -61,19 +62,21 @@ def load_weights(model: "CSPNet", source: str | Path, *, ignore_head: bool = Fal
     return metadata
 
 
-def resolve(source: str | Path, hub: str | None = None) -> Path:
+def resolve(source: str | Path, model: str | None = None) -> Path:
     """The local file of `source`; what is remote is downloaded once, to torch.hub's cache.
 
     Args:
-        hub: the repository that `timm` stands for, from the table of variants.
+        model: the network whose published weights `timm` stands for.
 
     Raises:
         InputError: nothing there.
     """
     if source == "timm":
-        if hub is None:
-            raise InputError("there are no published weights of this network, or it is not named: give a path or a URL")
-        source = HUB.format(repository=hub)
+        if model not in RELEASES:
+            raise InputError(
+                f"timm has no published weights of {model or 'a network without a name'}: give a path or a URL"
+            )
+        source = HUB.format(repository=RELEASES[model].hub)
     if re.match(r"https?://", str(source)):
         return _download(str(source))
     if not Path(source).is_file():

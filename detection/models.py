@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from backbones.cspnet import ALIASES, VARIANTS, CSPNet, create_model
+from backbones.cspnet import PLAIN, CSPNet, create_model, get_variant
 from backbones.errors import InputError, unknown
 from backbones.preprocess import DetectorPreprocess
+from backbones.published import ALIASES
 from backbones.schema import Section
+from backbones.variants import VARIANTS
 from backbones.weights import load_state, read_weights, resolve
 from detection.config import DetectorConfig
 
@@ -103,9 +105,8 @@ def create_detector(
         InputError: unknown name, or weights that do not fit.
     """
     family, backbone = _parse(name)
-    body = create_model(backbone, num_classes=0, weights=weights_backbone)
-    if frozen_batchnorm if frozen_batchnorm is not None else weights_backbone is not None:
-        freeze_batchnorm(body)
+    frozen = frozen_batchnorm if frozen_batchnorm is not None else weights_backbone is not None
+    body = create_model(backbone, num_classes=0, weights=weights_backbone, batchnorm="frozen" if frozen else "batch")
     build = {"fasterrcnn": _faster_rcnn, "retinanet": _retinanet, "fcos": _fcos}[family]
     given = {"score": score_threshold, "nms": nms_iou, "detections": max_detections}
     model = build(body, num_classes, fpn_channels, {key: value for key, value in given.items() if value is not None})
@@ -120,12 +121,12 @@ def canonical_name(name: str) -> str:
         InputError: unknown name.
     """
     family, backbone = _parse(name)
-    return f"{family}_{ALIASES.get(backbone, backbone)}_fpn"
+    return f"{family}_{get_variant(backbone)[0]}_fpn"
 
 
 def _parse(name: str) -> tuple[str, str]:
     match = re.fullmatch(r"([a-z]+)_(.+)_fpn", name)
-    if match is None or match[1] not in FAMILIES or match[2] not in {**VARIANTS, **ALIASES}:
+    if match is None or match[1] not in FAMILIES or match[2].removesuffix(PLAIN) not in {**VARIANTS, **ALIASES}:
         raise unknown("detector", name, [f"{family}_{body}_fpn" for family in FAMILIES for body in VARIANTS])
     return match[1], match[2]
 
@@ -161,17 +162,6 @@ def _fcos(body: CSPNet, num_classes: int, channels: int, given: dict[str, Any]) 
     anchors = AnchorGenerator(tuple((stride,) for stride in backbone.strides), ((1.0,),) * len(backbone.strides))
     settings = {_ONE_STAGE[key]: value for key, value in given.items()}
     return FCOS(backbone, num_classes, anchor_generator=anchors, **settings)
-
-
-def freeze_batchnorm(module: nn.Module) -> None:
-    """Replace every BatchNorm2d below `module` by torchvision's FrozenBatchNorm2d with the same numbers."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
-            frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
-        else:
-            freeze_batchnorm(child)
 
 
 def spec_of(config: DetectorConfig, num_classes: int) -> DetectorSpec:

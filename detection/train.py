@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
+from backbones.augment import sample_seed
 from backbones.checkpoint import Run, pick_device, seed_everything
-from backbones.engine import warmup_cosine
 from backbones.errors import InputError
-from backbones.optim import create_optimizer
+from backbones.optim import create_optimizer, warmup_cosine
 from detection.augment import DetectionAugment
 from detection.coco import CocoSet, EvaluationImages, TrainingImages, create_loader, read_coco
 from detection.coco_eval import evaluate as coco_figures
@@ -43,6 +43,7 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
     run = Run(config, model, optimizer, scaler, "AP50", _metadata(config, spec, training_set))
 
     for epoch in range(len(run.history), train.epochs):
+        seed_everything(sample_seed(config.seed, epoch))  # so that a resumed epoch draws what an undisturbed one draws
         augment.epoch = epoch
         loader = create_loader(images, data.batch_size, data.workers, shuffle_seed=config.seed + epoch)
         steps, done = train.epochs * len(loader), epoch * len(loader)

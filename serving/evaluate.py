@@ -14,13 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from backbones.config import ClassifierConfig, load_config, read_values
-from backbones.cspnet import ALIASES, get_variant
+from backbones.cspnet import get_variant
 from backbones.errors import InputError
 from backbones.evaluate import summary as classifier_summary
 from backbones.files import write_json
 from backbones.imagenet import list_samples
 from backbones.metrics import Accuracy
 from backbones.progress import progress
+from backbones.published import ALIASES
 from detection.coco import read_coco
 from detection.coco_eval import evaluate as coco_figures
 from detection.coco_eval import to_results
@@ -159,8 +160,12 @@ def _same(asked: object, has: object, what: str) -> None:
 
 def _top1(config: ClassifierConfig, source: Source, artifact: ClassifierArtifact) -> dict[str, Any]:
     samples, classes = list_samples(config.data, config.data.split, len(artifact.classes), artifact.classes)
+    _same(config.data.decoder, "pillow", "data.decoder")
+    paths = [sample.source for sample in samples if isinstance(sample.source, Path)]
+    if len(paths) < len(samples):
+        raise InputError(f"{samples[0].name} is no file: unpack the data set to evaluate an artefact on it")
     accuracy = Accuracy(classes)
-    rows = source.rows([sample.path for sample in samples])
+    rows = source.rows(paths)
     for sample, row in zip(samples, _shown(rows, len(samples), source.name), strict=True):
         assert isinstance(row.result, Classification)
         accuracy.update(row.result.indices[None], np.array([sample.target]))

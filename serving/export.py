@@ -19,8 +19,9 @@ from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.engine import normalize
 from backbones.errors import InputError
 from backbones.files import check_writable, sha256, versions, write_aside
-from backbones.imagenet import class_names
+from backbones.labels import class_names
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
+from backbones.published import protocol
 from backbones.weights import read_metadata, read_weights, resolve
 from detection.batched import BatchedDetector
 from detection.models import load_detector, thresholds
@@ -56,7 +57,7 @@ def run_export(weights: str, output: str | Path, *, model: str | None = None, im
     if Path(output).suffix != ".onnx":
         raise InputError(f"-o {output}: an artefact's name ends in .onnx")
     check_writable(Path(output).parent)
-    path = resolve(weights, get_variant(model)[1].hub if model else None)
+    path = resolve(weights, get_variant(model)[0] if model else None)
     metadata = read_metadata(path)
     if metadata.get("task") == "detection":
         if model is not None:
@@ -68,10 +69,10 @@ def run_export(weights: str, output: str | Path, *, model: str | None = None, im
 def _export_classifier(weights: Path, output: Path, metadata: dict[str, Any], images: str | None) -> Artifact:
     if "model" not in metadata:
         raise InputError(f"{weights} does not say which network it is of: give --model, such as --model cspresnet50")
-    name, variant = get_variant(metadata["model"])
+    name, _ = get_variant(metadata["model"])
     classes = metadata.get("classes") or class_names(_head_size(weights))
     model = create_model(name, len(classes), weights).eval()
-    preprocess = ClassifierPreprocess.model_validate(metadata.get("preprocess", variant.preprocess))
+    preprocess = ClassifierPreprocess.model_validate(metadata.get("preprocess", protocol(name)))
     artifact = ClassifierArtifact(
         model=name, classes=tuple(classes), preprocess=preprocess, parity=Parity(),
         weights_sha256=sha256(weights), config=metadata.get("config", {}), versions=_versions(),

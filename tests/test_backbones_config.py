@@ -43,7 +43,7 @@ def test_overrides_reach_every_depth():
         ("train.epoch=1", "did you mean 'train.epochs'"),
         ("train.lr=fast", "train.lr='fast': "),
         ("train.lr=-1", "train.lr=-1: .*greater than 0"),
-        ("train.optimizer=lamb", "'sgd' or 'adamw'"),
+        ("train.optimizer=adam", "'sgd', 'adamw' or 'lamb'"),
         ("preprocess.crop=99", "crop 99 is larger than resize 64"),
         ("train", "override 'train' has no '='"),
         ("seed=-1", "seed=-1: "),
@@ -73,8 +73,18 @@ def test_a_file_that_is_no_config(tmp_path, text, message):
 def test_missing_keys_are_named(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("num_classes: 3\n")
-    with pytest.raises(InputError, match="model is missing: .*preprocess is missing"):
+    with pytest.raises(InputError, match="model is missing: "):
         load_config(ClassifierConfig, path)
+    with pytest.raises(InputError, match="model is missing: .*preprocess is missing"):
+        load_config(DetectorConfig, path)
+
+
+def test_preprocessing_that_is_left_out_is_the_models_own(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: cspresnext50\n")
+    config = load_config(ClassifierConfig, path, ["preprocess.crop=224"])
+    assert (config.preprocess.resize, config.preprocess.crop) == (288, 224)
+    assert config.preprocess.interpolation == "bilinear"  # as timm evaluates its weights
 
 
 def test_paths_are_taken_as_they_stand(monkeypatch):

@@ -2,15 +2,26 @@ import pytest
 import timm
 import torch
 
-from backbones.cspnet import ALIASES, VARIANTS, create_model
+from backbones.cspnet import create_model, get_variant
 from backbones.errors import InputError
-from backbones.profile import profile, table
+from backbones.published import ALIASES, PAPER, RELEASES
+from backbones.variants import VARIANTS
 
-SEEDS = {"cspresnet50": "cspresnet50", "cspresnext50": "cspresnext50", "cspdarknet50": "cspdarknet53"}
-PARAMETERS = {"cspresnet50": 21_616_168, "cspresnext50": 20_569_896, "cspdarknet50": 27_642_184}
+OURS = {"cspresnet10", "cspresnext10", "cspdarknet10"}
+TIMM = [name for name in VARIANTS if name not in OURS and name not in PAPER]
+EXACT = {"cspresnet50": 21_616_168, "cspresnext50": 20_569_896, "cspdarknet50": 27_642_184}
+MILLIONS = {  # the model cards'
+    "darknet53": 41.61, "darknetaa53": 36.02, "cs3darknet_m": 9.31, "cs3darknet_focus_m": 9.30, "cs3darknet_l": 21.16,
+    "cs3darknet_focus_l": 21.15, "cs3darknet_x": 35.05, "cs3sedarknet_l": 21.91, "cs3sedarknet_x": 35.40,
+    "cs3edgenet_x": 47.82, "cs3se_edgenet_x": 50.72, "cs3darknet_focus_s": 3.27,
+}  # fmt: skip
 
 
-def randomize(model: torch.nn.Module) -> torch.nn.Module:
+def timm_name(name):
+    return {ours: theirs for theirs, ours in ALIASES.items()}.get(name, name)
+
+
+def randomize(model):
     """Weights and running statistics such that every layer matters; timm zeroes the last BatchNorm of a block."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -21,80 +32,96 @@ def randomize(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", SEEDS)
-@pytest.mark.parametrize("size", [(224, 224), (250, 190)])
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_table_has_timms_whole_family():
+    assert {timm_name(name) for name in TIMM} == set(timm.list_models(module="cspnet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
 @torch.inference_mode()
-def test_logits_equal_timm(name, size):
-    reference = randomize(timm.create_model(SEEDS[name]))
+def test_logits_equal_timm(name):
+    reference = randomize(timm.create_model(timm_name(name)))
     model = create_model(name).eval()
     model.load_state_dict(reference.state_dict())
-    x = torch.randn(2, 3, *size)
-    expected = reference(x)
-    spread = expected.max() - expected.min()
-    assert (model(x) - expected).abs().max() < 1e-5 * spread
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_published_parameters(name):
-    assert sum(parameter.numel() for parameter in create_model(name).parameters()) == PARAMETERS[name]
+    for size in ((224, 224), (250, 190)):
+        x = torch.randn(1, 3, *size)
+        expected = reference(x)
+        assert (model(x) - expected).abs().max() < 1e-5 * (expected.max() - expected.min())
+    reference.load_state_dict(model.state_dict())  # and the other way
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "gmacs"),
-    [
-        ("cspresnet50", 224, 3.48),
-        ("cspresnext50", 224, 3.11),
-        ("cspdarknet50", 224, 5.04),
-        ("cspresnet50", 256, 4.54),
-        ("cspresnext50", 256, 4.05),
-        ("cspdarknet50", 256, 6.57),
-    ],
+    "name", ["cspresnet50d", "cspdarknet50", "darknetaa53", "cs3darknet_focus_s", "cs3sedarknet_xdw"]
 )
-def test_published_gmacs(name, size, gmacs):
-    assert profile(name, size).gmacs == pytest.approx(gmacs, rel=0.005)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("output_stride", [8, 16])
 @torch.inference_mode()
-def test_features_have_the_stated_channels_and_strides(name):
-    model = create_model(name, num_classes=3).eval()
+def test_dilated_logits_equal_timm(name, output_stride):
+    reference = randomize(timm.create_model(timm_name(name), output_stride=output_stride))
+    model = create_model(name, output_stride=output_stride).eval()
+    model.load_state_dict(reference.state_dict())
     x = torch.randn(1, 3, 64, 96)
-    features = model.forward_features(x)
-    assert list(features) == list(model.channels) == list(model.strides) == ["c2", "c3", "c4", "c5"]
-    for level, feature in features.items():
-        stride = model.strides[level]
-        assert feature.shape == (1, model.channels[level], 64 // stride, 96 // stride)
-    # One class gives both: the logits are the head on the last map.
-    torch.testing.assert_close(model(x), model.head(features["c5"]))
-    assert model(x).shape == (1, 3)
+    expected = reference(x)
+    assert (model(x) - expected).abs().max() < 1e-5 * (expected.max() - expected.min())
+
+
+def test_published_parameters():
+    with torch.device("meta"):
+        for name, count in EXACT.items():
+            assert parameters(create_model(name)) == count
+        for name, millions in MILLIONS.items():
+            assert parameters(create_model(name)) / 1e6 == pytest.approx(millions, abs=0.005), name
+
+
+def test_the_plain_twin_of_cspdarknet_is_timms_darknet53():
+    with torch.device("meta"):
+        twin = create_model("cspdarknet53", plain=True)
+        shapes = {key: value.shape for key, value in timm.create_model("darknet53").state_dict().items()}
+    assert twin.name == "cspdarknet50_plain"
+    assert {key: value.shape for key, value in twin.state_dict().items()} == shapes
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, variant in VARIANTS.items() if name.startswith("csp") or name.startswith("cs3")]
+)
+def test_every_csp_network_has_a_plain_twin_of_the_same_maps(name):
+    with torch.device("meta"):
+        csp, twin = create_model(name), create_model(name, plain=True)
+    assert csp.strides == twin.strides
+    assert create_model.__doc__ and twin.name == f"{csp.name}_plain"
+    kinds = [{type(block) for stage in net.stages for block in getattr(stage, "blocks", [])} for net in (csp, twin)]
+    assert kinds[0] == kinds[1]
+
+
+def test_one_convolution_and_a_split_equal_the_authors_two():
+    stage = randomize(create_model("cspresnet50_paper", 2)).stages[0]
+    assert (stage.cross, stage.through) == (128, 64)  # their first stage's uneven split
+    x = torch.randn(1, 64, 16, 16)
+    conv, norm = stage.conv_exp.conv.weight, stage.conv_exp.bn
+    for rows, part in ((slice(0, 128), 0), (slice(128, 192), 1)):
+        alone = torch.nn.functional.batch_norm(
+            torch.nn.functional.conv2d(x, conv[rows]), norm.running_mean[rows], norm.running_var[rows],
+            norm.weight[rows], norm.bias[rows],
+        )  # fmt: skip
+        expected = torch.nn.functional.leaky_relu(alone, 0.1)
+        torch.testing.assert_close(stage.conv_exp(x).split((128, 64), dim=1)[part], expected)
 
 
 def test_without_classes_the_head_gives_features():
     assert create_model("cspresnet10", num_classes=0).eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
 
 
-@pytest.mark.parametrize("name", ["cspresnet10", "cspresnext10", "cspdarknet10"])
-def test_gradients_reach_every_parameter(name):
-    model = create_model(name, num_classes=2)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.ones_(module.weight)
-    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-
-
-def test_alias_and_unknown_name():
+def test_aliases_and_unknown_names():
     assert create_model("cspdarknet53", 2).name == ALIASES["cspdarknet53"] == "cspdarknet50"
+    assert get_variant("cspdarknet53_plain")[0] == "cspdarknet50_plain"
     with pytest.raises(InputError, match="unknown model 'cspresnet5': did you mean 'cspresnet50'?"):
         create_model("cspresnet5")
+    with pytest.raises(InputError, match="darknet53 is plain itself"):
+        create_model("darknet53", plain=True)
 
 
-def test_table_names_every_model_and_published_figure():
-    text = table()
-    for name, variant in VARIANTS.items():
-        assert f"\n{name} " in text
-        for published in variant.published:
-            assert f"{published.top1:.3f}" in text
-            assert f"{published.by}: {published.preprocess}" in text
+def test_published_names_are_networks():
+    assert set(RELEASES) | set(PAPER) | set(ALIASES.values()) <= set(VARIANTS)

@@ -1,9 +1,11 @@
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+import torch
 from PIL import Image
 from scipy.io import savemat
 from shared_data import real
@@ -11,8 +13,11 @@ from shared_data import real
 from backbones.__main__ import main
 from backbones.config import ClassifierConfig, ImageData, load_config
 from backbones.errors import InputError
-from backbones.imagenet import list_samples, wordnet_ids
+from backbones.imagenet import ImageNet, Sample, create_loader, list_samples
+from backbones.labels import wordnet_ids
 from backbones.metrics import Accuracy, rank
+from backbones.preprocess import ClassifierPreprocess, ImageError, classifier_pixels, decode
+from backbones.published import ALIASES, RELEASES, protocol
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imagenet" / "cspresnet50.yaml"
 
@@ -53,7 +58,7 @@ def test_numbers_are_indices_and_names_are_sorted(tmp_path):
     assert targets(ImageData(root=str(folders(tmp_path / "a", ["0", "999", "10"], 1))), 1000) == [0, 10, 999]
     samples, classes = list_samples(ImageData(root=str(folders(tmp_path / "b", ["dog", "cat"], 1))), "val", 2)
     assert classes == ["cat", "dog"]
-    assert [sample.path.parent.name for sample in samples] == ["cat", "dog"]
+    assert [Path(sample.name).parent.name for sample in samples] == ["cat", "dog"]
 
 
 def test_flat_folder_with_ground_truth(tmp_path):
@@ -97,7 +102,7 @@ def test_devkit_ids_go_through_meta_mat(tmp_path):
         (lambda p: p, {}, 2, "has no images: give a folder of class folders"),
         (flat, {}, 2, "has images but no class folders: give data.ground_truth=FILE"),
         (lambda p: folders(p, ["a", "b"], 0), {}, 2, "no images .* below"),
-        (lambda p: folders(p, ["a", "b"]), {}, 3, "has 2 class folders but num_classes=3: set num_classes=2"),
+        (lambda p: folders(p, ["a", "b"]), {}, 3, "has 2 classes but num_classes=3: set num_classes=2"),
         (lambda p: folders(p, ["0", "7"]), {}, 5, "/7 is no class of a model with num_classes=5"),
         (lambda p: folders(p, ["n00000000"]), {}, 1000, "n00000000 is none of ImageNet-1k's WordNet ids"),
         (flat, {"ground_truth": "nothing.txt"}, 2, "cannot read data.ground_truth=nothing.txt"),
@@ -167,7 +172,7 @@ def test_names_go_by_what_the_model_was_trained_on(tmp_path):
     root = folders(tmp_path / "data", ["dog", "ant"], 1)
     data = ImageData(root=str(root))
     samples, classes = list_samples(data, "val", 3, ["dog", "cat", "ant"])
-    assert [(sample.path.parent.name, sample.target) for sample in samples] == [("ant", 2), ("dog", 0)]
+    assert [(Path(sample.name).parent.name, sample.target) for sample in samples] == [("ant", 2), ("dog", 0)]
     assert classes == ["dog", "cat", "ant"]
     with pytest.raises(InputError, match=r"/ant is none of the model's classes \(dog, cat, …\)|/ant is none of the"):
         list_samples(data, "val", 2, ["dog", "cat"])
@@ -184,11 +189,100 @@ def test_real_subset_of_ten_classes():
     samples, _ = list_samples(data, "val", 1000)
     index = json.loads((real("imagenette") / "wnid_to_imagenet_index.json").read_text())
     assert len(samples) == 500
-    assert {(sample.path.parent.name, sample.target) for sample in samples} == set(index.items())
+    assert {(Path(sample.name).parent.name, sample.target) for sample in samples} == set(index.items())
 
 
 def test_published_protocols_are_in_the_configs():
-    for path in CONFIG.parent.glob("*.yaml"):
-        config = load_config(ClassifierConfig, path)
-        assert config.preprocess.resize == 288
-        assert config.preprocess.interpolation == "bilinear"
+    configs = [load_config(ClassifierConfig, path) for path in CONFIG.parent.glob("*.yaml")]
+    published = [config for config in configs if ALIASES.get(config.model, config.model) in RELEASES]
+    assert len(published) >= 3
+    for config in published:
+        assert config.preprocess == protocol(config.model), config.model
+
+
+SMALL = ClassifierPreprocess(resize=32, crop=24)
+
+
+def noise(root: Path, count: int, broken: tuple[int, ...] = ()) -> list[Sample]:
+    """Images of class i % 2 in a class folder each, some of which are text."""
+    for i in range(count):
+        path = root / str(i % 2) / f"{i:03d}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i in broken:
+            path.write_text("no image")
+        else:
+            Image.effect_noise((40 + i, 50), 90).convert("RGB").save(path)
+    return list_samples(ImageData(root=str(root)), "val", 2)[0]
+
+
+def draw(pixels, index):
+    """An augmentation that depends on the index alone."""
+    return np.roll(pixels[:24, :24], index, axis=0)
+
+
+@pytest.mark.parametrize("augment", [None, draw])
+def test_loader_gives_the_images_asked_for_in_order_whatever_the_workers(tmp_path, augment):
+    samples = noise(tmp_path, 11)
+    dataset = ImageNet(samples, SMALL, augment)
+    assert dataset.targets.tolist() == [0] * 6 + [1] * 5
+    assert dataset.targets.dtype == torch.int64
+    indices = [7, 3, 10, 0, 5, 1, 8]
+    batches = {workers: list(create_loader(dataset, 3, workers, indices)) for workers in (0, 2)}
+    for workers, found in batches.items():
+        assert torch.cat([index for _, index in found]).tolist() == indices, workers
+        assert [tuple(pixels.shape) for pixels, _ in found] == [(3, 24, 24, 3), (3, 24, 24, 3), (1, 24, 24, 3)]
+        assert {(pixels.dtype, index.dtype) for pixels, index in found} == {(torch.uint8, torch.int64)}
+    pixels = torch.cat([pixels for pixels, _ in batches[0]])
+    assert torch.equal(pixels, torch.cat([pixels for pixels, _ in batches[2]]))
+    for index, one in zip(indices, pixels, strict=True):
+        image = decode(samples[index].load())
+        expected = classifier_pixels(image, SMALL) if augment is None else draw(np.asarray(image), index)
+        np.testing.assert_array_equal(one, expected)
+    assert len(create_loader(dataset, 3, 0, indices, drop_last=True)) == 2
+    assert torch.cat([index for _, index in create_loader(dataset, 4, 0)]).tolist() == list(range(11))
+    assert len(list(create_loader(dataset, 4, 0, []))) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_left_out_or_stop_the_run_with_their_name(tmp_path, workers):
+    samples = noise(tmp_path, 10, broken=(1, 4, 6, 8))  # by class, then by name: 0 2 4 6 8 1 3 5 7 9
+    batches = list(create_loader(ImageNet(samples, SMALL, on_error="skip"), 2, workers))
+    assert [index.tolist() for _, index in batches] == [[0, 1], [], [], [6, 7], [8, 9]]
+    for pixels, index in batches:
+        assert (pixels.shape, pixels.dtype) == ((len(index), 24, 24, 3), torch.uint8)
+        assert (index.shape, index.dtype) == ((len(pixels),), torch.int64)
+    stopping = create_loader(ImageNet(samples, SMALL), 2, workers)
+    with pytest.raises(ImageError) as error:
+        list(stopping)
+    assert str(error.value).startswith(f"{samples[2].name} cannot be decoded")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_in_archives_are_named_when_broken_or_too_thin(tmp_path, workers):
+    archive = tmp_path / "x.tar"
+    noise(tmp_path / "val", 2, broken=(1,))
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "val" / "0" / "thin.png")
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "val", "val")
+    samples, _ = list_samples(ImageData(root=str(archive)), "val", 2)
+    for index, message in [(1, "0/thin.png: image of 30000x1 pixels is too long"), (2, "1/001.JPEG: image cannot be")]:
+        with pytest.raises(ImageError, match=f"^{archive}/val/{message}"):
+            list(create_loader(ImageNet(samples, ClassifierPreprocess(resize=4000, crop=24)), 1, workers, [index]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_draws_none_of_the_trainers_random_numbers(tmp_path, workers):
+    loader = create_loader(ImageNet(noise(tmp_path, 2), SMALL), 1, workers)
+    before = torch.get_rng_state()
+    assert len(list(loader)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "opencv"])
+def test_decoders_reach_the_workers(tmp_path, decoder, monkeypatch):
+    used = []
+    monkeypatch.setattr("backbones.preprocess._decode_jpeg", lambda body, name: used.append(name))
+    dataset = ImageNet(noise(tmp_path, 2), SMALL, decoder=decoder)
+    assert len(dataset[0][0]) == 24
+    assert used == [decoder]

@@ -1,16 +1,25 @@
+import csv
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones.augment import TrainAugment
 from backbones.checkpoint import Run
 from backbones.config import ClassifierConfig, load_config
-from backbones.engine import warmup_cosine
+from backbones.cspnet import create_model
+from backbones.engine import train_one_epoch
 from backbones.errors import InputError
 from backbones.evaluate import run_eval
+from backbones.files import sha256
+from backbones.preprocess import ClassifierPreprocess
 from backbones.train import run_train
 from backbones.weights import read_weights
 from serving.shapes import draw_classification
@@ -28,6 +37,10 @@ def shapes(tmp_path_factory) -> Path:
 def config(shapes: Path, output: Path, *overrides: str) -> ClassifierConfig:
     small = [f"data.root={shapes}", f"output={output}", "preprocess.resize=32", "preprocess.crop=32", "train.epochs=3"]
     return load_config(ClassifierConfig, CONFIG, [*small, "data.batch_size=16", *overrides])
+
+
+def hashes(output: Path) -> list[str]:
+    return [sha256(output / name) for name in ("best.safetensors", "last.safetensors", "history.json", "history.csv")]
 
 
 def test_interrupted_training_ends_like_an_undisturbed_one(shapes, tmp_path):
@@ -48,8 +61,42 @@ def test_interrupted_training_ends_like_an_undisturbed_one(shapes, tmp_path):
         run_train(config(shapes, tmp_path / "cut"))
     resumed = run_train(config(shapes, tmp_path / "cut", "resume=true"))
     assert resumed["history"] == whole["history"]  # to the bit, whatever the number of workers
-    one, other = (torch.load(tmp_path / run / "last.pt", weights_only=True)["model"] for run in ("whole", "cut"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+KILLED = """
+import os, signal, sys
+from backbones import engine
+from backbones.__main__ import main
+
+steps, step = [], engine._step
+
+def kill(*args):
+    steps.append(1)
+    if len(steps) == 5:  # the second of epoch 2
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(*args)
+
+engine._step = kill
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_training_ends_like_an_undisturbed_one(shapes, tmp_path):
+    everything = [
+        f"data.root={shapes}", "preprocess.resize=32", "preprocess.crop=32", "train.epochs=2", "data.batch_size=8",
+        "train.accumulate=2", "train.ema=0.8", "train.mixup=0.2", "train.cutmix=1", "train.drop_path=0.2",
+        "train.randaugment=5", "train.random_erasing=0.3", "train.clip_grad_norm=1", "data.workers=2",
+    ]  # fmt: skip
+    command = [sys.executable, "-c", KILLED, "train", str(CONFIG), *everything, f"output={tmp_path / 'cut'}"]
+    killed = subprocess.run(command, capture_output=True, text=True, cwd=CONFIG.parents[2])
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(json.loads((tmp_path / "cut" / "history.json").read_text())) == 1
+    for output, more in (("whole", "data.workers=0"), ("cut", "resume=true")):
+        run_train(load_config(ClassifierConfig, CONFIG, [*everything, f"output={tmp_path / output}", more]))
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    assert not [path for path in (tmp_path / "cut").iterdir() if path.name.startswith(".last")]
 
 
 def test_evaluation_repeats_the_best_epoch(shapes, tmp_path):
@@ -69,9 +116,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path):
     assert not (tmp_path / "best.safetensors").exists()
 
 
+def test_a_diverging_run_keeps_its_last_checkpoint(shapes, tmp_path):
+    run_train(config(shapes, tmp_path, "train.epochs=1"))
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="lower train.lr"):
+        patch.setattr("backbones.plan.Plan.lrs", lambda self, epoch: [1e30] * self.steps)
+        state["settings"]["train.epochs"] = 2
+        torch.save(state, tmp_path / "last.pt")
+        before = hashes(tmp_path), sha256(tmp_path / "last.pt")
+        run_train(config(shapes, tmp_path, "train.epochs=2", "resume=true"))
+    assert (hashes(tmp_path), sha256(tmp_path / "last.pt")) == before
+
+
 def test_another_runs_checkpoint_is_refused(shapes, tmp_path):
     run_train(config(shapes, tmp_path, "train.epochs=1"))
-    for change, message in (("seed=5", "seed=0, not 5"), ("train.weight_decay=0.9", "a run with train=")):
+    draw_classification(tmp_path / "fewer", {"train": 40, "val": 16}, seed=0, size=32)
+    for change, message in (
+        ("seed=5", "seed=0, not 5"),
+        ("train.weight_decay=0.9", "train.weight_decay=0.05, not 0.9"),
+        ("train.ema=0.9", "train.ema=None, not 0.9"),
+        ("channels_last=true", "channels_last=False, not True"),
+        (f"data.root={tmp_path / 'fewer'}", "images=48, not 40"),
+    ):
         with pytest.raises(InputError, match=message):
             run_train(config(shapes, tmp_path, "train.epochs=1", "resume=true", change))
     for content in (b"", b"junk"):
@@ -112,21 +178,97 @@ def test_nothing_to_resume(shapes, tmp_path):
         run_train(config(shapes, tmp_path, "resume=true"))
 
 
-def test_learning_rate_rises_and_falls():
-    rates = [warmup_cosine(step, 100, 10) for step in range(100)]
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[10] == 1
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.001
+def test_logs_of_a_run(shapes, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run_train(config(shapes, tmp_path, "train.epochs=2"))
+    with (tmp_path / "history.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == result["history"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("top1")] == [1, 2]
+    assert events.Scalars("loss")[1].value == pytest.approx(rows[1]["loss"])
+    assert "images_per_second" in events.Tags()["scalars"]
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone():
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    one, other = (TrainAugment(32, 0.3, 0.5, 0.5, 0.2, seed=1) for _ in range(2))
-    other(pixels, 5)
-    np.testing.assert_array_equal(one(pixels, 3), other(pixels, 3))
-    assert one(pixels, 3).shape == (32, 32, 3)
-    assert (one(pixels, 3) != one(pixels, 4)).any()
-    first = one(pixels, 3)
-    one.epoch = 1
-    assert (one(pixels, 3) != first).any()
+def test_broken_images_stop_training_or_are_counted(shapes, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(shapes, root)
+    broken = next((root / "train").rglob("*.png"))
+    broken.write_bytes(b"junk")
+    with pytest.raises(InputError, match=broken.name):
+        run_train(config(root, tmp_path / "stop", "train.epochs=1", "data.workers=1"))
+    result = run_train(config(root, tmp_path / "skip", "train.epochs=1", "data.on_error=skip"))
+    assert result["best"]["skipped"] == 1
+
+
+def batches(count: int, size: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    pixels = torch.randint(256, (count * size, 32, 32, 3), dtype=torch.uint8)
+    indices = torch.arange(count * size)
+    return list(zip(pixels.split(size), indices.split(size), strict=True)), torch.randint(4, (count * size,))
+
+
+def fit(model: nn.Module, loader, targets: torch.Tensor, lr: float = 0.1, **settings) -> dict[str, float]:
+    steps = len(loader) // settings.get("accumulate", 1)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), lr), torch.amp.GradScaler("cpu", enabled=False)
+    spec = ClassifierPreprocess(resize=32, crop=32)
+    return train_one_epoch(model, loader, targets, optimizer, scaler, spec, [lr] * steps, **settings)
+
+
+def test_accumulated_batches_are_one_large_batch():
+    small, targets = batches(6, 4)
+    large = [tuple(torch.cat(parts) for parts in zip(*small[i : i + 3], strict=True)) for i in (0, 3)]
+    start = create_model("cspresnet10", 4, batchnorm="frozen").state_dict()
+    results = []
+    for loader, accumulate in ((small, 3), (large, 1)):
+        model = create_model("cspresnet10", 4, batchnorm="frozen")
+        model.load_state_dict(start)
+        results.append((model, fit(model, loader, targets, accumulate=accumulate, label_smoothing=0.1)))
+    (one, figures), (other, same) = results
+    assert figures["loss"] == pytest.approx(same["loss"], rel=1e-5)
+    assert figures["train_top1"] == same["train_top1"]
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[key], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(one.stem.conv1.conv.weight, start["stem.conv1.conv.weight"])
+
+
+def linear() -> nn.Sequential:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    nn.init.zeros_(model[1].weight)
+    return model
+
+
+def test_averaged_weights_by_hand():
+    loader, targets = batches(2, 4)
+    after = []
+    for steps in (1, 2):
+        model = linear()
+        nn.init.zeros_(model[1].bias)
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+        fit(model, loader[:steps], targets, ema=ema)
+        after.append((model[1].weight.detach(), ema.module[1].weight.detach()))
+    (first, averaged_first), (second, averaged_second) = after
+    assert torch.equal(averaged_first, first)
+    torch.testing.assert_close(averaged_second, 0.75 * first + 0.25 * second)
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    loader, targets = batches(1, 4)
+    model = linear()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    fit(model, loader, targets, lr=1.0, clip_grad_norm=0.01)
+    moved = torch.cat([(now - then).flatten() for now, then in zip(model.parameters(), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_accuracy_of_mixed_images_is_not_given():
+    loader, targets = batches(1, 4)
+    mixed = fit(linear(), loader, targets, mix=lambda images, labels: (images, nn.functional.one_hot(labels, 4) * 1.0))
+    assert "train_top1" not in mixed
+    assert mixed["loss"] == pytest.approx(fit(linear(), loader, targets)["loss"], rel=0.05)
+
+
+def test_a_batch_of_broken_images_is_said():
+    loader, targets = batches(1, 1)
+    with pytest.raises(InputError, match="1 images of a batch could be decoded"):
+        fit(linear(), loader, targets)

@@ -1,0 +1,43 @@
+"""What to do when a batch does not fit into memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from backbones.errors import InputError
+
+# CUDA's error has a class; the CPU's allocators and other devices have a message.
+MESSAGES = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+
+
+def in_parts(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> tuple[list[Tensor], int]:
+    """`forward` of a batch in parts of `size` rows, or of half as many, again and again, until memory holds them.
+
+    Returns what `forward` gave, in order, and the size that fitted.
+
+    Raises:
+        InputError: memory does not hold a single row.
+    """
+    parts: list[Tensor] = []
+    start = 0
+    while start < len(batch):
+        part = batch[start : start + size]
+        try:
+            parts.append(forward(part))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            start += len(part)
+            continue
+        # Out of the handler: the error keeps alive what is to be freed.
+        if len(part) == 1:
+            raise InputError("memory does not hold one image: give device=cpu, amp=true or a smaller preprocess.crop")
+        size = len(part) // 2
+        torch.cuda.empty_cache()
+    return parts, size
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in MESSAGES)

@@ -1,0 +1,65 @@
+"""What a training run does when: which images each process takes in each step, and at what learning rate."""
+
+import torch
+
+from backbones.augment import sample_seed
+from backbones.config import ClassifierTraining
+from backbones.distributed import rank, world_size
+from backbones.errors import InputError
+from backbones.optim import warmup_cosine, warmup_poly
+
+
+class Plan:
+    """The steps of a run over `images` images in batches of `batch`.
+
+    A step takes `accumulate` batches from each process. What is left of an epoch's shuffled images when no whole
+    step can be made of it is left out of that epoch.
+
+    Attributes:
+        step: images a step takes, over all processes.
+        steps: steps an epoch.
+        lr: the full learning rate, for `step` images.
+
+    Raises:
+        InputError: fewer images than a step takes.
+    """
+
+    def __init__(self, train: ClassifierTraining, images: int, batch: int, seed: int):
+        self.train, self.images, self.batch, self.seed = train, images, batch, seed
+        self.step = batch * train.accumulate * world_size()
+        self.steps = images // self.step
+        if not self.steps:
+            raise InputError(f"{images} images to train on are fewer than a step's {self}: lower data.batch_size")
+        self.lr = train.lr if train.lr_batch is None else train.lr * self.step / train.lr_batch
+
+    def __str__(self) -> str:
+        return f"{self.step} (batch {self.batch} x accumulate {self.train.accumulate} x {world_size()} processes)"
+
+    def describe(self) -> str:
+        """The plan in a few lines."""
+        scaled = "" if self.train.lr_batch is None else f" = {self.train.lr:g} x {self.step} / {self.train.lr_batch}"
+        rest = self.images - self.steps * self.step
+        return (
+            f"{self.train.epochs} epochs of {self.steps} steps; images a step: {self}; left out of each epoch: {rest}\n"
+            f"learning rate {self.lr:g}{scaled}, {self.train.schedule} after {self.train.warmup_epochs:g} epochs"
+        )
+
+    def order(self, epoch: int) -> list[int]:
+        """The images of this process in an epoch, each once over all processes, in the order of its batches.
+
+        The images of a step do not depend on how it is divided into batches and processes.
+        """
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch))
+        shuffled = torch.randperm(self.images, generator=generator)[: self.steps * self.step]
+        indices: list[int] = shuffled.view(-1, world_size(), self.batch)[:, rank()].flatten().tolist()
+        return indices
+
+    def lrs(self, epoch: int) -> list[float]:
+        """The learning rate of each step of an epoch."""
+        total, warmup = self.train.epochs * self.steps, round(self.train.warmup_epochs * self.steps)
+        return [self.lr * self._share(epoch * self.steps + i, total, warmup) for i in range(self.steps)]
+
+    def _share(self, step: int, total: int, warmup: int) -> float:
+        if self.train.schedule == "poly":
+            return warmup_poly(step, total, warmup, self.train.poly_power)
+        return warmup_cosine(step, total, warmup)

@@ -1,0 +1,191 @@
+"""Images a second of the ImageNet evaluation against timm's own, and a training step against timm's.
+
+    python -m benchmarks.imagenet_eval --root /data/imagenette [--models …] [--images 96] [--rounds 5] [--json FILE]
+
+Side by side in one run: in every round each contestant has its turn over the same images, and the ratios are medians
+over the rounds. The limit of an evaluation is the model alone on batches that lie in memory already: what a loader
+adds to that is decoding, which costs milliseconds of one core an image, and copying one uint8 pixel once.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import torch
+import torch.nn.functional as F
+
+from backbones.config import ImageData
+from backbones.cspnet import create_model
+from backbones.engine import normalize, predict, train_one_epoch
+from backbones.files import versions, write_json
+from backbones.imagenet import ImageNet, create_loader, list_samples
+from backbones.published import ALIASES, protocol
+
+MODELS = ("cspresnet50", "cspresnext50", "cspdarknet50")
+TRAIN_SIZE, TRAIN_BATCH, TRAIN_STEPS = 128, 8, 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", required=True, help="an image folder: <root>/val/<class>/*.JPEG")
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(),
+        "settings": vars(args) | {"json": None, "root": Path(args.root).name},
+        "versions": versions("torch", "torchvision", "timm", "pillow"), "models": {},
+    }  # fmt: skip
+    for name in args.models:
+        evaluation = take_turns(evaluations(name, args, device), args.rounds)
+        training = take_turns(training_steps(name, device), args.rounds)
+        result["models"][name] = {"evaluation": evaluation, "training": training}
+        print(json.dumps({name: result["models"][name]}, indent=1), flush=True)
+    print(markdown(result))
+    if args.json:
+        write_json(args.json, result)
+
+
+def take_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, Any]:
+    """Images a second of each, the median of `rounds`, and the medians of the first's speed over each other's."""
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(1 + rounds):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            images = work()
+            if turn:  # the first round warms up
+                speeds[name].append(images / (time.perf_counter() - start))
+    ours, *others = speeds
+    ratios = {name: [a / b for a, b in zip(speeds[ours], speeds[name], strict=True)] for name in others}
+    return {
+        "images_per_s": {name: statistics.median(values) for name, values in speeds.items()},
+        "ours_over": {name: statistics.median(values) for name, values in ratios.items()},
+        "spread": {name: [min(values), max(values)] for name, values in ratios.items()},
+    }
+
+
+def evaluations(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], int]]:
+    """Ours, timm's, and our model alone, over the same `args.images` files."""
+    preprocess = protocol(name)
+    samples, _ = list_samples(ImageData(root=args.root), "val", 1000)
+    samples = samples[:: max(1, len(samples) // args.images)][: args.images]
+    dataset = ImageNet(samples, preprocess)
+    model = create_model(name).to(device).eval()
+    peer = timm.create_model(timm_name(name)).to(device).eval()
+    peer.load_state_dict(model.state_dict())
+    batches = [normalize(pixels.to(device), preprocess) for pixels, _ in create_loader(dataset, args.batch_size, 0)]
+
+    def ours() -> int:
+        return len(predict(model, dataset, batch_size=args.batch_size, workers=args.workers).indices)
+
+    def theirs() -> int:
+        loader = timm.data.create_loader(
+            TimmFiles([str(sample.source) for sample in samples]), (3, preprocess.crop, preprocess.crop),
+            args.batch_size, use_prefetcher=device.type == "cuda", interpolation=preprocess.interpolation,
+            crop_pct=peer.default_cfg["crop_pct"], num_workers=args.workers, device=device, persistent_workers=False,
+        )  # fmt: skip
+        with torch.inference_mode():
+            return sum(len(peer(images.to(device)).cpu()) for images, _ in loader)
+
+    @torch.inference_mode()
+    def alone() -> int:
+        return sum(len(model(batch).cpu()) for batch in batches)
+
+    return {"ours": ours, "timm": theirs, "model alone": alone}
+
+
+class TimmFiles(timm.data.ImageDataset):  # type: ignore[misc]
+    """timm's data set over given files."""
+
+    def __init__(self, files: list[str]):
+        super().__init__("", reader=TimmReader(files))
+
+
+class TimmReader(list[str]):
+    """timm asks a reader for the open file and the class."""
+
+    def __getitem__(self, index: int) -> Any:
+        return open(super().__getitem__(index), "rb"), 0
+
+    def filename(self, index: int, *_: Any) -> str:
+        return super().__getitem__(index)
+
+
+def training_steps(name: str, device: torch.device) -> dict[str, Callable[[], int]]:
+    """The same SGD steps on the same images in memory: our loop and model, our loop and timm's model, a bare loop and
+    timm's model.
+    """
+    preprocess = protocol(name)
+    pixels = torch.randint(0, 256, (TRAIN_BATCH, TRAIN_SIZE, TRAIN_SIZE, 3), dtype=torch.uint8)
+    targets = torch.arange(TRAIN_BATCH)
+
+    def of(model: torch.nn.Module) -> Callable[[], int]:
+        model = model.to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+        def work() -> int:
+            loader = [(pixels, targets)] * TRAIN_STEPS
+            train_one_epoch(model, loader, targets, optimizer, scaler, preprocess, [1e-3] * TRAIN_STEPS)
+            return TRAIN_BATCH * TRAIN_STEPS
+
+        return work
+
+    def bare() -> Callable[[], int]:
+        model = timm.create_model(timm_name(name)).to(device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        images, classes = normalize(pixels.to(device), preprocess).contiguous(), targets.to(device)
+
+        def work() -> int:
+            for _ in range(TRAIN_STEPS):
+                loss = F.cross_entropy(model(images), classes)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            loss.item()
+            return TRAIN_BATCH * TRAIN_STEPS
+
+        return work
+
+    return {"ours": of(create_model(name)), "timm's model": of(timm.create_model(timm_name(name))), "bare timm": bare()}
+
+
+def timm_name(name: str) -> str:
+    return {ours: theirs for theirs, ours in ALIASES.items()}.get(name, name)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The ratios as tables."""
+    lines: list[str] = []
+    for task in ("evaluation", "training"):
+        first = next(iter(result["models"].values()))[task]
+        peers = list(first["ours_over"])
+        lines += ["", f"| {task} | ours, images/s | " + " | ".join(f"ours / {peer}" for peer in peers) + " |"]
+        lines.append("|---|---|" + "---|" * len(peers))
+        lines += list(rows(result, task))
+    return "\n".join(lines)
+
+
+def rows(result: dict[str, Any], task: str) -> Iterator[str]:
+    for name, figures in result["models"].items():
+        got = figures[task]
+        cells = [f"{got['ours_over'][peer]:.3f} ({low:.2f}…{high:.2f})" for peer, (low, high) in got["spread"].items()]
+        yield f"| {name} | {got['images_per_s']['ours']:.2f} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
