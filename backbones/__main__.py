@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from backbones.cli import add_config_arguments, at_least, run_command
 from backbones.errors import InputError
@@ -16,17 +17,22 @@ def _models(_: argparse.Namespace) -> None:
 
 def _profile(args: argparse.Namespace) -> None:
     from backbones.checkpoint import pick_device
-    from backbones.files import write_json
+    from backbones.files import check_writable, write_json
     from backbones.profile import compare, render
     from backbones.published import PAPER
 
+    if bool(args.models) == args.paper:
+        raise InputError("give either names of `python -m backbones models`, or --paper")
     models = list(PAPER) if args.paper else args.models
-    if not models:
-        raise InputError("no model is named: give names of `python -m backbones models`, or --paper")
-    rows = compare(models, args.size, pick_device(args.device), args.batch_size, args.runs)
+    if args.json:
+        check_writable(Path(args.json).parent)
+    rows = compare(
+        models, args.size, pick_device(args.device), batch_size=args.batch_size, training_batch=args.training_batch,
+        runs=args.runs,
+    )  # fmt: skip
+    print(render(rows))
     if args.json:
         write_json(args.json, rows)
-    print(render(rows))
     if args.paper:
         print("docs/backbones.md says how the paper counted, and which of its networks are reconstructed here")
 
@@ -46,6 +52,8 @@ def _eval(args: argparse.Namespace) -> None:
 
     if bool(args.models) != bool(args.csv):
         raise InputError("--models and --csv go together: give the networks' names and the file for their figures")
+    if args.models and args.per_class:
+        raise InputError("--per-class is of one network: with --models it is in each folder's per_class.csv")
     if args.models:
         _eval_models(args)
         return
@@ -83,7 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("models", nargs="*", metavar="NAME", help="networks of `models`")
     command.add_argument("--paper", action="store_true", help="the paper's own networks, with its figures beside")
     command.add_argument("--size", type=at_least(32), help="pixels of a side (default: 256, or the paper's)")
-    command.add_argument("--batch-size", type=at_least(1), default=1, help="images of a forward pass (default: 1)")
+    command.add_argument("--batch-size", type=at_least(1), default=1, help="images of a timed pass (default: 1)")
+    command.add_argument(
+        "--training-batch", type=at_least(1), default=32, help="images of a step whose memory is counted (default: 32)"
+    )
     command.add_argument("--runs", type=at_least(0), default=10, help="timed passes, of which the median; 0 for none")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     command.add_argument("--json", metavar="FILE", help="write the rows as JSON too")

@@ -5,6 +5,7 @@ Parameter names are timm's. Each block maps [N, cin, H, W] to [N, cout, H/stride
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ class Block(nn.Module):
     """What the residual blocks share: drop-path and the shortcut.
 
     The shortcut has no weights. Where a block changes the resolution or the channels it is Darknet's: every
-    `stride`-th pixel, added to as many channels as both sides have.
+    `stride`-th pixel, added to as many channels as both sides have. `first` is the dilation of the convolution that
+    strides, or would; None is that of the others. A fresh block adds nothing to its shortcut.
     """
 
     def __init__(self, cin: int, cout: int, stride: int, drop_path: float):
@@ -80,14 +82,14 @@ class BasicBlock(Block):
 
     def __init__(
         self, cin: int, cout: int, hidden: int, stride: int = 1, groups: int = 1, dilation: int = 1,
-        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0,
+        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0, first: int | None = None,
     ):  # fmt: skip
         super().__init__(cin, cout, stride, drop_path)
-        self.conv1 = ConvNormAct(cin, hidden, 3, stride, groups, dilation, act)
+        self.conv1 = ConvNormAct(cin, hidden, 3, stride, groups, first or dilation, act)
         self.attn1 = attention(hidden, se, act)
         self.conv2 = ConvNormAct(hidden, cout, 3, 1, groups, dilation, None)
         self.act2 = act()
-        nn.init.zeros_(self.conv2.bn.weight)  # a fresh block is the identity
+        nn.init.zeros_(self.conv2.bn.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act2(self.add(self.conv2(self.attn1(self.conv1(x))), x))
@@ -98,11 +100,11 @@ class Bottleneck(Block):
 
     def __init__(
         self, cin: int, cout: int, hidden: int, stride: int = 1, groups: int = 1, dilation: int = 1,
-        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0,
+        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0, first: int | None = None,
     ):  # fmt: skip
         super().__init__(cin, cout, stride, drop_path)
         self.conv1 = ConvNormAct(cin, hidden, 1, act=act)
-        self.conv2 = ConvNormAct(hidden, hidden, 3, stride, groups, dilation, act)
+        self.conv2 = ConvNormAct(hidden, hidden, 3, stride, groups, first or dilation, act)
         self.attn2 = attention(hidden, se, act)
         self.conv3 = ConvNormAct(hidden, cout, 1, act=None)
         self.act3 = act()
@@ -117,12 +119,12 @@ class DarkBlock(Block):
 
     def __init__(
         self, cin: int, cout: int, hidden: int, stride: int = 1, groups: int = 1, dilation: int = 1,
-        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0,
+        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0, first: int | None = None,
     ):  # fmt: skip
         super().__init__(cin, cout, stride, drop_path)
         self.conv1 = ConvNormAct(cin, hidden, 1, act=act)
         self.attn = attention(hidden, se, act)
-        self.conv2 = ConvNormAct(hidden, cout, 3, stride, groups, dilation, act)
+        self.conv2 = ConvNormAct(hidden, cout, 3, stride, groups, first or dilation, act)
         nn.init.zeros_(self.conv2.bn.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,10 +136,10 @@ class EdgeBlock(Block):
 
     def __init__(
         self, cin: int, cout: int, hidden: int, stride: int = 1, groups: int = 1, dilation: int = 1,
-        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0,
+        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0, first: int | None = None,
     ):  # fmt: skip
         super().__init__(cin, cout, stride, drop_path)
-        self.conv1 = ConvNormAct(cin, hidden, 3, stride, groups, dilation, act)
+        self.conv1 = ConvNormAct(cin, hidden, 3, stride, groups, first or dilation, act)
         self.attn = attention(hidden, se, act)
         self.conv2 = ConvNormAct(hidden, cout, 1, act=act)
         nn.init.zeros_(self.conv2.bn.weight)
@@ -153,12 +155,17 @@ def run_blocks(blocks: nn.Sequential, x: Tensor, checkpointing: bool) -> Tensor:
     if not (checkpointing and torch.is_grad_enabled()):
         return blocks(x)
     for block in blocks:
-
-        def contexts(block: nn.Module = block) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), _untracked(block)
-
-        x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        if torch.compiler.is_compiling():  # which counts once by itself, and takes no contexts
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            contexts = partial(_contexts, block)
+            x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
     return x
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Of the first forward pass and of the second."""
+    return nullcontext(), _untracked(block)
 
 
 @contextmanager

@@ -26,8 +26,9 @@ def tensorboard(folder: Path, first_epoch: int) -> Iterator[Log]:
 
 
 def write_epoch(log: Log, figures: Mapping[str, float]) -> None:
-    """Each figure of an epoch as a curve; at once, so that a run can be watched."""
+    """Each figure of an epoch, but its number, as a curve; at once, so that a run can be watched."""
     if log is not None:
         for name, value in figures.items():
-            log.add_scalar(name, value, int(figures["epoch"]))
+            if name != "epoch":
+                log.add_scalar(name, value, int(figures["epoch"]))
         log.flush()

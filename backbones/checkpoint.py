@@ -1,8 +1,8 @@
 """A training run's device, seeds and folder, from which it resumes exactly; both packages' training uses it."""
 
 import csv
+import itertools
 import math
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from backbones.distributed import is_main, world_size
+from backbones.distributed import grouped, is_main, local_rank, on_main, world_size
 from backbones.errors import InputError
-from backbones.files import check_writable, write_aside, write_json
+from backbones.files import check_writable, remove_leftovers, write_aside, write_json
 from backbones.weights import save_weights
 
+# What a run writes, but TensorBoard's log.
+FILES = ("best.safetensors", "last.safetensors", "history.json", "history.csv", "last.pt")
 # What may differ between a run and its resumption.
 PLACES = {"root", "ground_truth", "real_labels", "train_images", "train_annotations", "images", "annotations"}
 ANY_TIME: Any = {"resume": True, "output": True, "device": True, "data": {"workers"} | PLACES}
@@ -32,8 +34,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's: each process on its own card
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        if name == "cuda" and grouped():  # each process on its own card
+            name = f"cuda:{local_rank()}"
         torch.empty(1, device=name)
         torch.set_flush_denormal(True)
         return torch.device(name)
@@ -53,7 +55,8 @@ class Run:
     """One training run's folder: `last.pt` to resume from, `{best,last}.safetensors`, `history.{json,csv}`.
 
     A checkpoint holds no state of random generators: seed them anew each epoch, from the run's seed and the epoch.
-    Under torchrun every process has a `Run`; the main one writes.
+    Under torchrun every process has a `Run`; the main one writes. Another run's files that are in the folder go to
+    `previous-<n>/` in it when the first `Run` that does not resume is made.
 
     Attributes:
         history: an entry an epoch, `{"epoch": 1, "loss": ..., <metric>: ...}`.
@@ -89,8 +92,7 @@ class Run:
         here = {"device": next(model.parameters()).device.type, "processes": world_size()}
         self.settings = _flat(config.model_dump(mode="json", exclude=ANY_TIME)) | here | (facts or {})
         self.history: list[dict[str, float]] = []
-        if is_main():
-            check_writable(self.output)
+        on_main(_clear, self.output, config.resume)
         if config.resume:
             self._load(self.output / "last.pt")
 
@@ -128,6 +130,8 @@ class Run:
         except Exception as error:  # torch raises half a dozen kinds here
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{path} is no checkpoint of a run ({reason}): give another output folder") from None
+        if settings.get("data.on_error") == "stop" and self.settings.get("data.on_error") == "skip":
+            settings["data.on_error"] = "skip"  # to skip changes nothing of epochs that met no broken image
         differing = [key for key in {**settings, **self.settings} if settings.get(key) != self.settings.get(key)]
         if differing:
             key = differing[0]
@@ -137,6 +141,22 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.history = state["history"]
+
+
+def _clear(output: Path, resume: bool) -> None:
+    """Make the folder ready: remove what a killed run was writing, move what another run finished out of the way."""
+    check_writable(output)
+    for name in FILES:
+        remove_leftovers(output / name)
+    if resume or not (output / "last.pt").exists():
+        return
+    numbers = itertools.count(1)
+    place = next(place for place in (output / f"previous-{number}" for number in numbers) if not place.exists())
+    place.mkdir()
+    for name in ("tensorboard", *FILES):  # last.pt, by which a run is known, is the last
+        if (output / name).exists():
+            (output / name).rename(place / name)
+    print(f"{output} held another run without resume=true: its files are now in {place}", flush=True)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

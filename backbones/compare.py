@@ -12,14 +12,14 @@ import torch
 
 from backbones.config import ClassifierConfig, load_config
 from backbones.cspnet import get_variant
-from backbones.distributed import is_main, world_size
-from backbones.engine import on_main
+from backbones.distributed import everywhere, gather, is_main, on_main, world_size
 from backbones.errors import InputError
-from backbones.evaluate import describe, find_weights, headline, run_eval, summary
+from backbones.evaluate import describe, find_weights, headline, random_seed, run_eval, summary
 from backbones.files import check_writable, sha256, write_aside
 from backbones.published import RELEASES
 
-KEY = ("model", "weights_sha256", "protocol", "data", "amp")  # what makes two evaluations the same one
+# What makes two evaluations the same one; `seed` is that of random weights.
+KEY = ("model", "weights_sha256", "ignore_head", "seed", "protocol", "data", "amp", "channels_last")
 FIGURES = ("top1", "top5", "ece", "images", "skipped", "classes")
 COST = ("images_per_second", "seconds", "batch_size", "device", "processes")
 COLUMNS = (*KEY, "weights", *FIGURES, "real_top1", "published_by", "published_top1", "published_top5", *COST, "torch")
@@ -52,19 +52,20 @@ def run_models(
     """Evaluate what `path` has no row of yet, and add a row to it after each.
 
     Returns what went wrong, by network; the others are evaluated all the same. Under torchrun only a user's mistake is
-    survived, since every process meets that alike.
+    survived, which one process tells the others; and the main process's file says what is done.
 
     Raises:
         InputError: `path` cannot be written, or is a CSV file of something else.
     """
     path = Path(path)
     on_main(check_writable, path.parent)
-    done = {_key(row) for row in read_rows(path)}
+    done = everywhere(lambda: {_key(row) for row in read_rows(path)} if is_main() else set())[0]
     problems: dict[str, Exception] = {}
     for config in configs:
         try:
             weights = find_weights(config)
-            if _key(_identity(config, sha256(weights) if weights else None)) in done:
+            key = _key(_identity(config, sha256(weights) if weights else None))
+            if gather(key in done)[0]:
                 _say(f"{config.model}: already in {path}")
                 continue
             _say(headline(config))
@@ -117,9 +118,12 @@ def _identity(config: ClassifierConfig, weights_sha256: str | None) -> Row:
     return {
         "model": config.model,
         "weights_sha256": weights_sha256 or "",
+        "ignore_head": str(config.ignore_head),
+        "seed": "" if (seed := random_seed(config)) is None else str(seed),
         "protocol": describe(config.preprocess),
         "data": json.dumps(data, sort_keys=True),
         "amp": str(config.amp),
+        "channels_last": str(config.channels_last),
     }
 
 

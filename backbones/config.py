@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from backbones.errors import InputError, unknown
@@ -34,12 +34,14 @@ class ClassifierTraining(Section):
     """A recipe. `lr` is for `lr_batch` images a step, if that is given, and scaled to the batch that is used."""
 
     epochs: int = Field(default=90, ge=1)
-    optimizer: Literal[OptimizerName, "lamb"] = "sgd"
+    optimizer: Literal[OptimizerName, "lamb", "rmsprop"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
     lr_batch: int | None = Field(default=None, ge=1)
-    schedule: Literal["cosine", "poly"] = "cosine"  # after a linear warm-up, down to 0
+    schedule: Literal["cosine", "poly", "step"] = "cosine"  # after a linear warm-up; the first two down to 0
     poly_power: float = Field(default=4.0, gt=0)
-    warmup_epochs: float = Field(default=1.0, ge=0)
+    decay_rate: float = Field(default=0.97, gt=0, le=1)  # of `step`: what the rate is multiplied by every
+    decay_epochs: float = Field(default=2.4, gt=0)  # so many epochs, counted from the first
+    warmup_epochs: float = Field(default=1.0, ge=0)  # of a single epoch, at most half
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     clip_grad_norm: float | None = Field(default=None, gt=0)
@@ -55,6 +57,14 @@ class ClassifierTraining(Section):
     color_jitter: float = Field(default=0.2, ge=0, le=1)
     randaugment: int = Field(default=0, ge=0, le=10)  # magnitude; 0 is off
     random_erasing: float = Field(default=0.0, ge=0, le=1)  # probability
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _shorter_than_the_run(cls, value: float, info: ValidationInfo) -> float:
+        epochs = info.data.get("epochs", 1)
+        if value >= epochs > 1:
+            raise ValueError(f"the warm-up fills train.epochs={epochs}: shorten it, or train for longer")
+        return value
 
 
 class ClassifierConfig(Section):

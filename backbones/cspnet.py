@@ -10,20 +10,19 @@ Shapes: N images, C channels, H x W pixels; a map cK has stride 2^K, unless `out
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from backbones.dense import DenseVariant
 from backbones.errors import InputError, unknown
-from backbones.published import ALIASES
+from backbones.published import ALIASES, PLAIN
 from backbones.stages import Resolution
 from backbones.variants import VARIANTS, Variant
 from backbones.weights import load_weights
 
 LEVELS = ("c1", "c2", "c3", "c4", "c5")
-PLAIN = "_plain"
 
 BatchNorm = Literal["batch", "frozen", "sync"]
 
@@ -85,13 +84,17 @@ class CSPNet(nn.Module):
         rates = iter([drop_path * block / max(1, total - 1) for block in range(total)])
         dilation = 1
         for i, (cout, wanted) in enumerate(zip(variant.channels, variant.strides, strict=True)):
+            if num_classes == 0 and self.levels[-1] in taps:
+                break
             at = _resolution(wanted, stride, output_stride, dilation)
             stride, nominal, dilation = stride * at.stride, nominal * wanted, at.dilation
             self.stages.append(variant.build_stage(i, cin, at, list(islice(rates, variant.depths[i]))))
             cin = cout
             taps[f"c{nominal.bit_length() - 1}"] = (len(self.stem) + i, cout, stride)
-            if num_classes == 0 and f"c{nominal.bit_length() - 1}" == self.levels[-1]:
-                break
+        if frozen and frozen not in taps:
+            raise InputError(
+                f"frozen={frozen} is above the highest of the levels {list(self.levels)}: give one of these"
+            )
         self._taps = {level: taps[level][0] for level in self.levels}
         self._frozen_until = taps[frozen][0] + 1 if frozen else 0
         self.channels = {level: taps[level][1] for level in self.levels}
@@ -101,6 +104,7 @@ class CSPNet(nn.Module):
         self.set_checkpointing(checkpointing)
         for module in self._modules_in_order()[: self._frozen_until]:
             module.requires_grad_(False)
+        self.train()
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] to logits [N, num_classes]."""
@@ -108,11 +112,13 @@ class CSPNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised images [N, 3, H, W] to maps `{"c2": [N, C2, H/4, W/4], ..., "c5": [N, C5, H/32, W/32]}`."""
-        maps = []
-        for module in self._modules_in_order()[: self._taps[self.levels[-1]] + 1]:
+        levels = {index: level for level, index in self._taps.items()}
+        features = {}
+        for i, module in enumerate(self._modules_in_order()[: max(levels) + 1]):
             x = module(x)
-            maps.append(x)
-        return {level: maps[index] for level, index in self._taps.items()}
+            if i in levels:
+                features[levels[i]] = x
+        return features
 
     def train(self, mode: bool = True) -> "CSPNet":
         super().train(mode)
@@ -184,12 +190,14 @@ def create_model(
         weights: a source that `weights.load_weights` reads.
         ignore_head: leave the weights' classifier out.
         plain: the twin without cross-stage paths, from the same blocks.
-        batchnorm: `frozen` for torchvision's FrozenBatchNorm2d, which belongs over pretrained weights, or `sync` for
-            statistics over all processes.
+        batchnorm: `frozen` for torchvision's FrozenBatchNorm2d, which belongs over pretrained weights: over fresh
+            ones it keeps every residual block at nothing; `sync` for statistics over all processes.
 
     Raises:
-        InputError: unknown name, or weights that do not fit.
+        InputError: unknown name or option, or weights that do not fit.
     """
+    if batchnorm not in get_args(BatchNorm):
+        raise unknown("batchnorm", batchnorm, get_args(BatchNorm))
     name, variant = get_variant(name + PLAIN if plain and not name.endswith(PLAIN) else name)
     model = CSPNet(
         name, variant, num_classes, levels=levels, output_stride=output_stride, drop_path=drop_path, frozen=frozen,

@@ -148,7 +148,7 @@ class DenseStage(nn.Module):
 
     Args:
         cin: channels that `opening` gives.
-        gamma: share of them that crosses, rounded down; 0 is DenseNet's block.
+        gamma: share of them that crosses; 0 is DenseNet's block.
         layer: makes a layer that gives `growth` channels from as many as it is told.
         drop_path: a rate a layer.
     """
@@ -159,7 +159,7 @@ class DenseStage(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.opening, self.closing, self.checkpointing = opening, closing, False
-        self.cross = int(cin * gamma)
+        self.cross = round(cin * gamma)
         inputs = range(cin - self.cross, cin - self.cross + growth * len(drop_path), growth)
         self.blocks = nn.Sequential(
             *(DenseLayer(layer(channels), rate) for channels, rate in zip(inputs, drop_path, strict=True))
@@ -239,7 +239,7 @@ class DenseVariant:
     def widths(self) -> list[Widths]:
         cin, widths = self.stem_channels, []
         for i, (depth, fusion) in enumerate(zip(self.depths, self.fusion, strict=True)):
-            cross = int(cin * self.gamma)
+            cross = round(cin * self.gamma)
             dense = cin - cross + depth * self.growth
             kept = dense if fusion == "first" else int(dense * self.compression)
             cout = cross + dense if i == len(self.depths) - 1 else int((cross + dense) * self.compression)

@@ -1,12 +1,18 @@
-"""One process or many under torchrun: who am I, what does everybody have. Both packages' commands use it."""
+"""One process or many under torchrun: who am I, what does everybody have. Classifiers alone are trained and evaluated
+by many; a detector's commands refuse it.
+"""
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from backbones.errors import InputError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -23,19 +29,51 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def grouped() -> bool:
+    """Whether the environment describes several processes of one run: torchrun's, or what a launcher such as srun or
+    mpirun is told to set: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    """
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_rank() -> int:
+    """Of one of several processes, its number on its machine, by which it takes a card."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    return int(os.environ["RANK"]) % max(1, torch.cuda.device_count())
+
+
+def check_alone(command: str) -> None:
+    """Refuse several processes, of which each would do the whole work.
+
+    Raises:
+        InputError: there are several.
+    """
+    if grouped():
+        raise InputError(f"{command} works in one process alone, not in {os.environ['WORLD_SIZE']}: leave torchrun out")
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the group that torchrun's environment describes, and leave it at the end; alone, do nothing.
+    """Join the group that torchrun's environment describes, and leave it at the end; alone, or in it, do nothing.
 
-    Yields the device of this process: under torchrun on CUDA, the card of its local rank.
+    Yields the device of this process: in a group on CUDA, the card of its local rank.
+
+    Raises:
+        InputError: the environment describes a group only in part.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not grouped() or dist.is_initialized():  # a process joins once in its life
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except ValueError as error:  # such as MASTER_ADDR, which srun and mpirun do not set
+        raise InputError(
+            f"RANK and WORLD_SIZE are set, but no group can be made ({error}): start by torchrun"
+        ) from None
     try:
         yield device
     finally:
@@ -49,3 +87,36 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def everywhere(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in each process of torchrun, in order of rank, on every one.
+
+    Raises:
+        InputError: one of them met it. All raise it, so that none waits in vain for another's result.
+    """
+    try:
+        mine, problem = work(), None
+    except InputError as error:
+        if world_size() == 1:
+            raise
+        mine, problem = None, str(error)
+    outcomes = gather((mine, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise InputError(problem)
+    return [value for value, _ in outcomes]
+
+
+def on_main(work: Callable[..., object], *args: object) -> None:
+    """`work(*args)` in the main process alone, while the others wait.
+
+    Raises:
+        InputError: it met it; all raise it.
+    """
+
+    def mine() -> None:
+        if is_main():
+            work(*args)
+
+    everywhere(mine)

@@ -1,11 +1,12 @@
 """The loops over a classifier: one epoch of training, one evaluation. Plain functions that return a dict."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from backbones.distributed import gather, is_main, rank, world_size
+from backbones.distributed import everywhere, gather, is_main, rank, world_size
 from backbones.errors import InputError
 from backbones.imagenet import ImageNet, create_loader
 from backbones.memory import in_parts
@@ -24,15 +25,26 @@ from backbones.metrics import rank as rank_classes
 from backbones.preprocess import ClassifierPreprocess
 from backbones.progress import progress
 
-T = TypeVar("T")
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 def normalize(pixels: Tensor, preprocess: ClassifierPreprocess) -> Tensor:
     """uint8 [N, H, W, 3] -> float32 [N, 3, H, W], as torchvision's `ToTensor` and `Normalize`."""
-    mean = torch.tensor(preprocess.mean, device=pixels.device)
-    std = torch.tensor(preprocess.std, device=pixels.device)
+    if pixels.device.type == "cpu":  # costs nothing, and an export traces it: a cache would keep the trace's tensors
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+    else:
+        mean, std = _constants(preprocess, pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _constants(preprocess: ClassifierPreprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on a device, once: to copy them to a GPU is to wait for all that it has still to do."""
+    with torch.inference_mode(False):  # whoever comes first, training may use them too
+        return torch.tensor(preprocess.mean, device=device), torch.tensor(preprocess.std, device=device)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that on CUDA is not waited for; elsewhere torch gives no order of such a copy and what is computed."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def train_one_epoch(
@@ -45,7 +57,7 @@ def train_one_epoch(
     lrs: Sequence[float],
     *,
     accumulate: int = 1,
-    mix: Mix | None = None,
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ema: AveragedModel | None = None,
     label_smoothing: float = 0.0,
     clip_grad_norm: float | None = None,
@@ -79,8 +91,8 @@ def train_one_epoch(
         if len(pixels) < 2:
             raise InputError(f"{title}: {len(pixels)} images of a batch could be decoded: repair the data set")
         step, whole = (count - 1) // accumulate, count % accumulate == 0
-        labels = targets[indices].to(device, non_blocking=True)
-        images = normalize(pixels.to(device, non_blocking=True), preprocess)
+        labels = to_device(targets[indices], device)
+        images = normalize(to_device(pixels, device), preprocess)
         images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         mixed, wanted = mix(images, labels) if mix else (images, labels)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not whole else nullcontext():
@@ -191,11 +203,11 @@ def _predict(
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(pixels: Tensor) -> Tensor:
-        images = normalize(pixels.to(device, non_blocking=True), dataset.preprocess).contiguous(memory_format=layout)
+        images = normalize(to_device(pixels, device), dataset.preprocess).contiguous(memory_format=layout)
         with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
             logits = model(images)
-        # Into pinned memory, without waiting: the next batch starts while this one runs.
-        return logits.float().to("cpu", non_blocking=True)
+        # On CUDA into pinned memory, without waiting: the next batch starts while this one runs.
+        return logits.float().to("cpu", non_blocking=device.type == "cuda")
 
     indices, logits = [torch.empty(0, dtype=torch.int64)], []
     loader = create_loader(dataset, batch_size, workers, share)
@@ -210,39 +222,6 @@ def _predict(
         torch.cuda.synchronize(device)
     joined = torch.cat(logits) if logits else torch.empty(0, 0)
     return Predictions(torch.cat(indices).numpy(), joined.numpy(), batch_size)
-
-
-def everywhere(work: Callable[[], T]) -> list[T]:
-    """What `work` gives in each process of torchrun, in order of rank, on every one.
-
-    Raises:
-        InputError: one of them met it. All raise it, so that none waits in vain for another's result.
-    """
-    try:
-        mine, problem = work(), None
-    except InputError as error:
-        if world_size() == 1:
-            raise
-        mine, problem = None, str(error)
-    outcomes = gather((mine, problem))
-    for _, problem in outcomes:
-        if problem is not None:
-            raise InputError(problem)
-    return [value for value, _ in outcomes]
-
-
-def on_main(work: Callable[..., object], *args: object) -> None:
-    """`work(*args)` in the main process alone, while the others wait.
-
-    Raises:
-        InputError: it met it; all raise it.
-    """
-
-    def mine() -> None:
-        if is_main():
-            work(*args)
-
-    everywhere(mine)
 
 
 def evaluate(

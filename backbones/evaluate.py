@@ -1,17 +1,18 @@
 """The work of `python -m backbones eval`: a checkpoint's figures under its protocol, and the report of them."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from backbones.checkpoint import pick_device
-from backbones.config import ClassifierConfig, ImageData
-from backbones.cspnet import create_model, get_variant
-from backbones.distributed import world_size
-from backbones.engine import Predictions, on_main, predict
+from backbones.config import ClassifierConfig
+from backbones.cspnet import CSPNet, create_model, get_variant
+from backbones.distributed import everywhere, on_main, world_size
+from backbones.engine import Predictions, predict
 from backbones.files import check_writable, sha256, versions, write_json
 from backbones.imagenet import ImageNet, list_samples
 from backbones.metrics import Accuracy, Calibration, calibrate, confidence, rank, real_accuracy
@@ -21,6 +22,7 @@ from backbones.report import Outcomes, write_report
 from backbones.weights import read_metadata, resolve
 
 VERSIONS = ("torch", "torchvision", "pillow", "numpy")
+T = TypeVar("T")
 VALIDATION = 50_000  # images of ImageNet's validation split, on which the published figures were measured
 
 
@@ -36,14 +38,10 @@ def run_eval(config: ClassifierConfig, device: torch.device | None = None) -> di
     name, _ = get_variant(config.model)
     on_main(check_writable, config.output)
     weights = find_weights(config)
-    trained_on = read_metadata(weights).get("classes") if weights and not config.ignore_head else None
-    samples, classes = list_samples(config.data, config.data.split, config.num_classes, trained_on)
+    dataset, classes, model = _together(lambda: _load(config, name, weights))
     device = device or pick_device(config.device)
-    torch.manual_seed(config.seed)  # random weights, if none are given, are the same every time
-    model = create_model(name, config.num_classes, weights, ignore_head=config.ignore_head)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
-    dataset = ImageNet(samples, config.preprocess, decoder=config.data.decoder, on_error=config.data.on_error)
 
     start = time.perf_counter()
     predictions = predict(
@@ -56,6 +54,8 @@ def run_eval(config: ClassifierConfig, device: torch.device | None = None) -> di
         "model": name,
         "weights": config.weights,
         "weights_sha256": sha256(weights) if weights else None,
+        "ignore_head": config.ignore_head,
+        "seed": random_seed(config),
         "protocol": describe(config.preprocess),
         "published": published(config),
         "preprocess": config.preprocess.model_dump(),
@@ -71,8 +71,10 @@ def run_eval(config: ClassifierConfig, device: torch.device | None = None) -> di
     }
 
     def write() -> None:
+        path = Path(config.output) / "eval.json"
+        path.unlink(missing_ok=True)  # it comes last, so that a report with it is whole
         write_report(config.output, outcomes, figures["per_class"], calibration, lambda i: dataset[i][0].numpy())
-        write_json(Path(config.output) / "eval.json", result)  # the last, so that a report with it is whole
+        write_json(path, result)
 
     on_main(write)
     return result
@@ -82,15 +84,46 @@ def find_weights(config: ClassifierConfig) -> Path | None:
     """The config's weights as a local file; one process of torchrun downloads them for all on its machine.
 
     Raises:
-        InputError: no such weights; or no data, which is better said before a download than after it.
+        InputError: no such weights; or no data, which is better said before a download than after it. Of whatever
+            process; all raise it.
     """
-    if config.data.root is None or not Path(config.data.root).exists():
-        list_samples(config.data, config.data.split, config.num_classes)
     source, (name, _) = config.weights, get_variant(config.model)
+    _together(lambda: _check_root(config))
     if source is None:
         return None
     on_main(resolve, source, name)
-    return resolve(source, name)
+    return _together(lambda: resolve(source, name))
+
+
+def _check_root(config: ClassifierConfig) -> None:
+    if config.data.root is None or not Path(config.data.root).exists():
+        list_samples(config.data, config.data.split, config.num_classes)
+
+
+def _together(work: Callable[[], T]) -> T:
+    """What `work` gives in this process; an `InputError` that any process meets is raised by all."""
+    results: list[T] = []
+
+    def mine() -> None:
+        results.append(work())
+
+    everywhere(mine)
+    return results[0]
+
+
+def _load(config: ClassifierConfig, name: str, weights: Path | None) -> tuple[ImageNet, list[str], CSPNet]:
+    """The images, the names of the classes and the network."""
+    data = config.data
+    trained_on = read_metadata(weights).get("classes") if weights and not config.ignore_head else None
+    samples, classes = list_samples(data, data.split, config.num_classes, trained_on)
+    torch.manual_seed(config.seed)  # random weights, if none are given, are the same every time
+    model = create_model(name, config.num_classes, weights, ignore_head=config.ignore_head)
+    return ImageNet(samples, config.preprocess, decoder=data.decoder, on_error=data.on_error), classes, model
+
+
+def random_seed(config: ClassifierConfig) -> int | None:
+    """The seed that random weights come from, if any of the network's are random."""
+    return config.seed if config.weights is None or config.ignore_head else None
 
 
 def _score(
@@ -121,7 +154,7 @@ def _score(
 def published(config: ClassifierConfig) -> list[dict[str, Any]]:
     """What others published of the same weights under the same protocol, on all of ImageNet's validation images."""
     release = RELEASES.get(get_variant(config.model)[0])
-    if release is None or config.weights != "timm":
+    if release is None or config.weights != "timm" or config.ignore_head:
         return []
     return [
         {
@@ -143,8 +176,9 @@ def describe(preprocess: ClassifierPreprocess) -> str:
 
 def headline(config: ClassifierConfig) -> str:
     """What is going to be measured, in a line."""
-    data: ImageData = config.data
-    return f"{config.model}, weights {config.weights}: {describe(config.preprocess)}, decoded by {data.decoder}"
+    head = f" with a random head, as ignore_head=true asks (seed {config.seed})" if config.ignore_head else ""
+    what = f"{config.model}, weights {config.weights}{head}"
+    return f"{what}: {describe(config.preprocess)}, decoded by {config.data.decoder}"
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -162,6 +196,13 @@ def summary(result: dict[str, Any]) -> str:
         f"on {figure['images']} images"
         for figure in result.get("published", [])
     ]
+    release = RELEASES.get(result.get("model", ""))
+    if release and result["weights"] == "timm" and not result["published"] and not result["ignore_head"]:
+        figure = release.figures[0]
+        parts.append(
+            f"no published figure under this protocol; {figure.by}'s is {figure.top1:.3f}, {figure.top5:.3f} "
+            f"under {describe(figure.preprocess)}"
+        )
     return "; ".join(parts)
 
 

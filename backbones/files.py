@@ -66,9 +66,18 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         yield aside
         umask = os.umask(0)
         os.umask(umask)
+        with open(aside, "rb+") as file:  # on the disk before it has the name: a power cut leaves the old or the new
+            os.fsync(file.fileno())
         aside.chmod(0o666 & ~umask)  # mkstemp made it 0600
         aside.replace(path)
     finally:
+        aside.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it; for its only writer to call."""
+    path = Path(path)
+    for aside in path.parent.glob(f".{path.stem}.????????{path.suffix}"):  # the names mkstemp gives
         aside.unlink(missing_ok=True)
 
 

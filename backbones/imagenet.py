@@ -46,18 +46,19 @@ def list_samples(
     """The images of a split with their class indices, and the names of the `num_classes` classes.
 
     `labels.class_indices` says which index a class gets; `classes` are those that the model was trained on.
-    ReaL's labels are of `data.split` alone.
+    `data.ground_truth` and `data.real_labels` are of `data.split` alone.
 
     Raises:
         InputError: nothing there, or classes that the model does not have.
     """
     if data.root is None:
         raise InputError("data.root is not set: give the data set's folder as data.root=/path")
-    listing = find_images(Path(data.root), split, flat=data.ground_truth is not None)
+    truth = data.ground_truth if split == data.split else None
+    listing = find_images(Path(data.root), split, flat=truth is not None)
     names = [image.name for image in listing.images]
-    if data.ground_truth is not None:
-        truth, known = Path(data.ground_truth), list(classes or class_names(num_classes))
-        targets = ground_truth(names, listing.where, truth, data.label_ids, num_classes)
+    if truth is not None:
+        known = list(classes or class_names(num_classes))
+        targets = ground_truth(names, listing.where, Path(truth), data.label_ids, num_classes)
     else:
         indices, known = class_indices(listing.classes, listing.where, num_classes, classes)
         index_of = dict(zip(listing.classes, indices, strict=True))
@@ -151,9 +152,7 @@ class Loader(DataLoader[Any]):
             yield batch
 
 
-def create_loader(
-    dataset: ImageNet, batch_size: int, workers: int, indices: Sequence[int] | None = None, drop_last: bool = False
-) -> Loader:
+def create_loader(dataset: ImageNet, batch_size: int, workers: int, indices: Sequence[int] | None = None) -> Loader:
     """Batches (uint8 [n, H, W, 3], int64 indices [n]) of the images `indices`, in their order, or of all.
 
     With `on_error="skip"` a batch lacks the images that could not be decoded; n may be 0.
@@ -167,7 +166,6 @@ def create_loader(
         sampler=range(len(dataset)) if indices is None else indices,
         num_workers=workers,
         collate_fn=dataset.collate,
-        drop_last=drop_last,
         generator=torch.Generator(),  # a loader draws its workers' seed; the trainer's own numbers stay as they are
         pin_memory=torch.cuda.is_available(),
     )

@@ -138,9 +138,10 @@ def _devkit_order(meta: Path) -> dict[int, int]:
 
     try:
         rows = loadmat(meta, squeeze_me=True)["synsets"]
-    except (OSError, ValueError, KeyError) as error:
+        ids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows if row["num_children"] == 0}
+    except Exception as error:  # of whatever kind: SciPy's own for files cut short is a bare Exception
         raise InputError(f"cannot read {meta} ({error}): put the devkit's meta.mat beside the ground truth") from None
-    return {int(row["ILSVRC2012_ID"]): _index_of(str(row["WNID"]), meta) for row in rows if row["num_children"] == 0}
+    return {number: _index_of(wnid, meta) for number, wnid in ids.items()}
 
 
 def real_labels(path: Path, names: Sequence[str]) -> list[tuple[int, ...]]:

@@ -4,9 +4,11 @@
     <root>/<split>/*.JPEG or <root>/*.JPEG                   flat, with `data.ground_truth`
     <root>.tar, <root>/*.tar or <root>/<split>/*.tar         archives of either, read where they are, or
                                                              WebDataset shards: KEY.jpg with KEY.cls or KEY.json
-    <root>/*.parquet or <root>/data/*.parquet                Hugging Face: columns `image` and `label`
+    <root>/*.parquet, <root>/data/*.parquet or               Hugging Face: columns `image` and `label`
+    <root>/<split>/*.parquet
 
 Where the names of archives or Parquet files name splits, as in `imagenet-val-0000.tar`, those of the split are read.
+An image has one name whatever split it is found for, so that two splits' names tell whether they share images.
 """
 
 import json
@@ -106,11 +108,12 @@ def find_images(root: Path, split: str, *, flat: bool) -> Listing:
     if not root.is_dir():
         raise InputError(f"data.root={root} is no folder and no .tar file: give the data set's folder")
     folder = root / split
-    if not folder.is_dir():
-        if tables := _visible(root, "*.parquet") or _visible(root / "data", "*.parquet"):
+    for place in (folder,) if folder.is_dir() else (root, root / "data"):
+        if tables := _visible(place, "*.parquet"):
             if flat:
                 raise InputError(f"{root} has its own labels: leave out data.ground_truth")
             return _read_parquet(_files_of_split(tables, split, root), split, root)
+    if not folder.is_dir():
         if not _visible(root, "*.tar"):
             _refuse_other_splits(root, split)
         folder = root
@@ -202,15 +205,28 @@ def _key(path: PurePosixPath, member: Member) -> Key:
 
 
 def _shards(images: Sequence[Entry], labels: dict[Key, Entry], where: Path) -> Listing:
-    found = []
+    samples: dict[Key, list[Entry]] = {}
     for path, member in images:
+        samples.setdefault(_key(path, member), []).append((path, member))
+    found = []
+    for key, entries in samples.items():
+        path, member = _sample_image(entries)
         name = f"{member.archive}/{path}"
-        entry = labels.get(_key(path, member))
-        if entry is None:
+        if key not in labels:
             raise InputError(f"{name} has no .cls or .json beside it: give every image its label")
-        found.append(Found(name, member, _shard_label(*entry)))
+        found.append(Found(name, member, _shard_label(*labels[key])))
     classes = {str(image.label) for image in found}
     return Listing(str(where), found, sorted(classes))
+
+
+def _sample_image(entries: Sequence[Entry]) -> Entry:
+    """A sample's image: its only one, or KEY.jpg beside such as KEY.mask.png."""
+    plain = [entry for entry in entries if entry[0].name.count(".") == 1]
+    for choice in (entries, plain):
+        if len(choice) == 1:
+            return choice[0]
+    (first, member), (second, _), *_ = entries
+    raise InputError(f"{member.archive}/{first} and {second.name} are images of one sample: keep one of them")
 
 
 def _shard_label(path: PurePosixPath, member: Member) -> str:
@@ -262,10 +278,12 @@ def _read_parquet(files: Sequence[Path], split: str, root: Path) -> Listing:
         raise InputError(f"{root} holds Parquet files: pip install 'cspnet[huggingface]' to read them") from None
     import pyarrow as pa
     import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
     try:
         table = datasets.Dataset.from_parquet([str(file) for file in files])
         table = table.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
+        rows = [(file, i) for file in files for i in range(pq.read_metadata(file).num_rows)]
     except (ValueError, TypeError, OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"cannot read {root} ({reason}): give columns image (bytes, path) and label") from None
@@ -279,7 +297,7 @@ def _read_parquet(files: Sequence[Path], split: str, root: Path) -> Listing:
         names = list(wordnet_ids())  # ImageNet-1k in English; its order is the WordNet ids'
     paths = pc.struct_field(table.data.column("image"), "path").to_pylist()
     images = [
-        Found(f"{where}[{i}] {path or ''}".rstrip(), Row(table, i), names[label] if names else str(label))
-        for i, (label, path) in enumerate(zip(labels, paths, strict=True))
+        Found(f"{file}[{row}] {path or ''}".rstrip(), Row(table, i), names[label] if names else str(label))
+        for i, ((file, row), label, path) in enumerate(zip(rows, labels, paths, strict=True))
     ]
     return Listing(where, images, list(names or sorted(set(map(str, labels)))))

@@ -7,8 +7,14 @@ from torch import Tensor
 
 from backbones.errors import InputError
 
-# CUDA's error has a class; the CPU's allocators and other devices have a message.
-MESSAGES = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+# CUDA's own error has a class; its libraries', the CPU's allocators and other devices have a message.
+MESSAGES = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine",  # cuDNN, where no kernel's workspace fits
+)
 
 
 def in_parts(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> tuple[list[Tensor], int]:
@@ -28,12 +34,15 @@ def in_parts(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> t
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            reason = str(error).partition("\n")[0]
         else:
             start += len(part)
             continue
         # Out of the handler: the error keeps alive what is to be freed.
         if len(part) == 1:
-            raise InputError("memory does not hold one image: give device=cpu, amp=true or a smaller preprocess.crop")
+            raise InputError(
+                f"memory does not hold one image ({reason}): give device=cpu, amp=true or a smaller preprocess.crop"
+            )
         size = len(part) // 2
         torch.cuda.empty_cache()
     return parts, size

@@ -13,14 +13,19 @@ FUSED = ("cpu", "cuda")  # devices where one kernel updates everything; on the C
 
 
 def create_optimizer(
-    model: nn.Module, name: OptimizerName | Literal["lamb"], lr: float, momentum: float, weight_decay: float
+    model: nn.Module,
+    name: OptimizerName | Literal["lamb", "rmsprop"],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW or LAMB with `momentum` as their beta1, over what requires gradients.
+    """SGD with Nesterov momentum, RMSProp, or AdamW or LAMB with `momentum` as their beta1.
 
-    Biases and normalisation layers' parameters are not decayed. LAMB is timm's, without its own clipping.
+    They update what requires gradients; biases and normalisation layers' parameters are not decayed. LAMB is timm's,
+    without its own clipping. RMSProp is timm's after TensorFlow 1, with 0.001 within the root, as timm trains by it.
 
     Raises:
-        InputError: LAMB without timm.
+        InputError: LAMB or RMSProp without timm.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -28,18 +33,21 @@ def create_optimizer(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     fused = all(parameter.device.type in FUSED for parameter in parameters)
-    if name == "lamb":
-        return _lamb(groups, lr, momentum)
+    if name in ("lamb", "rmsprop"):
+        return _timms(name, groups, lr, momentum)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
 
-def _lamb(groups: list[dict[str, object]], lr: float, momentum: float) -> torch.optim.Optimizer:
+def _timms(name: str, groups: list[dict[str, object]], lr: float, momentum: float) -> torch.optim.Optimizer:
     try:
         from timm.optim.lamb import Lamb
+        from timm.optim.rmsprop_tf import RMSpropTF
     except ImportError:
-        raise InputError("train.optimizer=lamb needs timm: pip install 'cspnet[lamb]'") from None
+        raise InputError(f"train.optimizer={name} needs timm: pip install 'cspnet[timm]'") from None
+    if name == "rmsprop":
+        return RMSpropTF(groups, lr=lr, momentum=momentum, eps=0.001)
     return Lamb(groups, lr=lr, betas=(momentum, 0.999), max_grad_norm=None)
 
 
@@ -59,6 +67,15 @@ def warmup_poly(step: int, steps: int, warmup: int, power: float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (1 - _progress(step, steps, warmup)) ** power
+
+
+def warmup_step(step: int, warmup: int, every: int, rate: float) -> float:
+    """Share of the full learning rate at a step: a linear rise, then `rate` to the power of how many times `every`
+    steps are over, counted from the first step as timm counts.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return rate ** (step // max(1, every))
 
 
 def _progress(step: int, steps: int, warmup: int) -> float:

@@ -6,7 +6,7 @@ from backbones.augment import sample_seed
 from backbones.config import ClassifierTraining
 from backbones.distributed import rank, world_size
 from backbones.errors import InputError
-from backbones.optim import warmup_cosine, warmup_poly
+from backbones.optim import warmup_cosine, warmup_poly, warmup_step
 
 
 class Plan:
@@ -19,6 +19,7 @@ class Plan:
         step: images a step takes, over all processes.
         steps: steps an epoch.
         lr: the full learning rate, for `step` images.
+        warmup_epochs: the config's, or half of a single epoch.
 
     Raises:
         InputError: fewer images than a step takes.
@@ -30,6 +31,7 @@ class Plan:
         self.steps = images // self.step
         if not self.steps:
             raise InputError(f"{images} images to train on are fewer than a step's {self}: lower data.batch_size")
+        self.warmup_epochs = min(train.warmup_epochs, 0.5) if train.epochs == 1 else train.warmup_epochs
         self.lr = train.lr if train.lr_batch is None else train.lr * self.step / train.lr_batch
 
     def __str__(self) -> str:
@@ -41,7 +43,7 @@ class Plan:
         rest = self.images - self.steps * self.step
         return (
             f"{self.train.epochs} epochs of {self.steps} steps; images a step: {self}; left out of each epoch: {rest}\n"
-            f"learning rate {self.lr:g}{scaled}, {self.train.schedule} after {self.train.warmup_epochs:g} epochs"
+            f"learning rate {self.lr:g}{scaled}, {self.train.schedule} after {self.warmup_epochs:g} epochs"
         )
 
     def order(self, epoch: int) -> list[int]:
@@ -56,10 +58,12 @@ class Plan:
 
     def lrs(self, epoch: int) -> list[float]:
         """The learning rate of each step of an epoch."""
-        total, warmup = self.train.epochs * self.steps, round(self.train.warmup_epochs * self.steps)
+        total, warmup = self.train.epochs * self.steps, round(self.warmup_epochs * self.steps)
         return [self.lr * self._share(epoch * self.steps + i, total, warmup) for i in range(self.steps)]
 
     def _share(self, step: int, total: int, warmup: int) -> float:
         if self.train.schedule == "poly":
             return warmup_poly(step, total, warmup, self.train.poly_power)
+        if self.train.schedule == "step":
+            return warmup_step(step, warmup, round(self.train.decay_epochs * self.steps), self.train.decay_rate)
         return warmup_cosine(step, total, warmup)

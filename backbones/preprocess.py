@@ -13,7 +13,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
@@ -124,6 +126,7 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS, decoder: De
                 image = _decode_jpeg(source, decoder) or opened
                 image.info = opened.info  # where the EXIF data is
             image.load()
+            deep = _is_deep(opened)
             ImageOps.exif_transpose(image, in_place=True)
     except ImageError:
         raise
@@ -134,10 +137,21 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS, decoder: De
     except Exception as error:  # decoders raise anything on hostile bytes; each means a bad image
         reason = "no image format that is read here" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"{name} cannot be decoded ({reason}): send a whole JPEG or PNG file") from None
-    if image.mode.startswith("I"):  # 16 bits a sample: keep the upper eight
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # Pillow would cut off all above 255
+        samples = np.asarray(image)
+        return Image.fromarray((samples >> 8 if deep else samples).clip(0, 255).astype(np.uint8)).convert("RGB")
     image.info.pop("transparency", None)  # it is dropped; of a palette with it Pillow would warn
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_deep(image: ImageFile) -> bool:
+    """Whether an integer image has 16 bits a sample, of which the upper eight are kept.
+
+    Pillow's mode `I` holds 16-bit PNG and PPM files in some of its versions, and TIFF files of 16 or of 32 bits.
+    """
+    if image.mode == "I" and isinstance(image, TiffImageFile):
+        return bool(image.tag_v2.get(ExifTags.Base.BitsPerSample) == (16,))
+    return image.mode.startswith("I")
 
 
 def _decode_jpeg(body: bytes, decoder: Decoder) -> Image.Image | None:

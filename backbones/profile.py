@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.cspnet import CSPNet, create_model, get_variant
-from backbones.published import PAPER, RELEASES
+from backbones.errors import InputError
+from backbones.published import PAPER, PLAIN, RELEASES
 from backbones.variants import VARIANTS
 
 WARM_UP = 2
@@ -64,9 +65,18 @@ def _on_meta(model: str, size: int) -> tuple[CSPNet, Tensor]:
 
 
 def training_mib(model: str, size: int, batch_size: int, device: torch.device) -> float:
-    """MiB at the height of a training step in float32: weights, gradients and what the forward pass keeps for the
-    backward pass; without the optimizer's state. Counted, but on a CUDA device measured.
+    """MiB of a training step in float32, without the optimizer's state.
+
+    On a CUDA device it is the allocator's peak in a real step; elsewhere it is counted, as the weights, their gradients
+    and what the forward pass keeps for the backward pass, without what single operations need for themselves.
+
+    Raises:
+        InputError: too little to train on.
     """
+    if batch_size * (size // 32) ** 2 < 2:
+        raise InputError(
+            f"one image of {size} pixels has one cell at stride 32: BatchNorm cannot train on it, give more"
+        )
     if device.type == "cuda":
         network = create_model(model).to(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -113,31 +123,43 @@ def latencies(models: Sequence[str], size: int, device: torch.device, batch_size
 
 
 def compare(
-    models: Sequence[str], size: int | None, device: torch.device, batch_size: int, runs: int
+    models: Sequence[str],
+    size: int | None,
+    device: torch.device,
+    *,
+    batch_size: int = 1,
+    training_batch: int = 32,
+    runs: int = 10,
 ) -> list[dict[str, Any]]:
     """A row a network, each CSP network after its plain twin: cost, latency and what the paper says of it.
 
     Args:
         size: pixels of a side; None is 256, or what the paper counted a network at.
+        batch_size: images of a pass whose latency is measured; `training_batch` of a step whose memory is.
 
     Raises:
         InputError: no such model.
     """
     rows = []
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    setting = {
+        "device": on, "batch_size": batch_size, "training_batch": training_batch, "runs": runs,
+        "memory": "measured" if device.type == "cuda" else "counted", "torch": torch.__version__,
+    }  # fmt: skip
     for model in models:
         name, variant = get_variant(model)
-        paper = PAPER.get(name)
+        paper = PAPER.get(name.removesuffix(PLAIN))
         pixels = size or (paper[1].size if paper else 256)
-        names = [f"{name}_plain", name] if variant.plain else [name]
+        names = [name + PLAIN, name] if variant.plain else [name]
         times = latencies(names, pixels, device, batch_size, runs) if runs else {}
         for name in names:
             row = {"model": name, "size": pixels, **vars(profile(name, pixels))}
-            row["training_mib"] = training_mib(name, pixels, batch_size, device)
+            row["training_mib"] = training_mib(name, pixels, training_batch, device)
             if name in times:
                 row["latency_ms"] = times[name]
             if paper:
-                row["paper"] = vars(paper[1 if name == names[-1] else 0])
-            rows.append(row)
+                row["paper"] = vars(paper[0 if name.endswith(PLAIN) else 1])
+            rows.append(row | {"setting": setting})
     return rows
 
 
@@ -152,14 +174,16 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows)}
     wide = max(len(row["model"]) for row in rows) + 2
     published = "  published: params M, BFLOPs, top-1, top-5" if any("paper" in row for row in rows) else ""
-    lines = [f"{'':<{wide}}pixels" + "".join(f"{title:>12}" for title in columns.values()) + published]
+    setting = "latency of a batch of {batch_size} on {device}; memory of a step of {training_batch} images, {memory}"
+    lines = [setting.format(**rows[0]["setting"])]
+    lines += [f"{'':<{wide}}pixels" + "".join(f"{title:>12}" for title in columns.values()) + published]
     plain: dict[str, Any] | None = None
     for row in rows:
         line = f"{row['model']:<{wide}}{row['size']:>6}" + "".join(f"{row[key]:>12.3f}" for key in columns)
         if "paper" in row:
             line += "  {params:.2f}, {bflops:.3f}, {top1:.1f}, {top5:.1f}".format(**row["paper"])
         lines.append(line)
-        if plain and plain["model"] == row["model"] + "_plain":
+        if plain and plain["model"] == row["model"] + PLAIN:
             saved = "".join(f"{_saved(plain[key], row[key]):>12}" for key in columns)
             line = f"{'  saved by CSP':<{wide + 6}}{saved}"
             if "paper" in row:
@@ -186,7 +210,7 @@ def table() -> str:
         rows = [f"{p.top1:>9.3f}{p.top5:>9.3f}  {p.by}: {p.preprocess}" for p in figures]
         if name in PAPER:
             paper = PAPER[name][1]
-            rows = [f"{paper.top1:>9.1f}{paper.top5:>9.1f}  the paper: {paper.size} pixels; no weights for PyTorch"]
+            rows = [f"{paper.top1:>9.1f}{paper.top5:>9.1f}  the paper; no weights for PyTorch"]
         lines.append(cost + (rows[0] if rows else f"{'-':>9}{'-':>9}  no published weights"))
         lines.extend(" " * len(cost) + row for row in rows[1:])
     twins = sum(variant.plain is not None for variant in VARIANTS.values())

@@ -75,12 +75,18 @@ RELEASES: dict[str, Release] = {
     ),
 }
 
+PLAIN = "_plain"  # after a network's name: its twin without cross-stage paths
+
 # Two names, one network: timm's and the authors' name counts the convolutions.
 ALIASES = {"cspdarknet53": "cspdarknet50"}
 
 
 def protocol(model: str) -> ClassifierPreprocess:
-    """How a network is evaluated unless a config says otherwise: as its published weights were, else at 256 pixels."""
+    """How a network is evaluated unless a config says otherwise: as its published weights were, else at 256 pixels.
+
+    A plain twin is evaluated as the network it is compared with.
+    """
+    model = model.removesuffix(PLAIN)
     release = RELEASES.get(ALIASES.get(model, model))
     return release.figures[0].preprocess if release else ClassifierPreprocess(resize=288, crop=256)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.blocks import Activation, Block, ConvNormAct, run_blocks
+from backbones.errors import InputError
 
 Fusion = Literal["both", "first", "last"]
 
@@ -38,13 +39,13 @@ class Blocks:
     se: float | None
     drop_path: Sequence[float]
 
-    def build(self, cin: int, dilation: int, stride: int = 1) -> nn.Sequential:
-        """The first takes `cin` channels and strides; the rest keep their shape."""
-        shapes = [(cin, stride)] + [(self.width, 1)] * (len(self.drop_path) - 1)
+    def build(self, cin: int, dilation: int, stride: int = 1, first: int | None = None) -> nn.Sequential:
+        """The first takes `cin` channels and strides, or dilates by `first` instead; the rest keep their shape."""
+        shapes = [(cin, stride, first)] + [(self.width, 1, None)] * (len(self.drop_path) - 1)
         return nn.Sequential(
             *(
-                self.block(cin, self.width, self.hidden, stride, self.groups, dilation, self.act, self.se, rate)
-                for (cin, stride), rate in zip(shapes, self.drop_path, strict=True)
+                self.block(cin, self.width, self.hidden, stride, self.groups, dilation, self.act, self.se, rate, first)
+                for (cin, stride, first), rate in zip(shapes, self.drop_path, strict=True)
             )
         )
 
@@ -70,9 +71,12 @@ class CrossStage(nn.Module):
     Args:
         expand: channels of the expansion.
         gamma: share of them that crosses; the rest, rounded, goes through the blocks.
-        cout: must be what comes out where `fusion` is `last`: the cross part and the blocks' width.
+        cout: where `fusion` is `last`, what crosses and the blocks' width together.
         grow_first: the downsampling convolution already widens to `cout`.
         linear_expand: no activation after the expansion.
+
+    Raises:
+        InputError: `gamma` leaves nothing for the blocks, or `cout` is not what comes out.
     """
 
     def __init__(
@@ -90,6 +94,12 @@ class CrossStage(nn.Module):
         self.fusion, self.checkpointing = fusion, False
         self.cross = round(expand * gamma)
         self.through = expand - self.cross
+        if self.through < 1 or self.cross < 0:
+            raise InputError(f"gamma={gamma} of {expand} channels leaves none for the blocks: give 0 <= gamma < 1")
+        if fusion == "last" and cout != self.cross + blocks.width:
+            raise InputError(
+                f"fusion=last gives {self.cross} + {blocks.width} channels, not {cout}: say so in channels"
+            )
         self.conv_exp = ConvNormAct(cin, expand, 1, act=None if linear_expand else act)
         self.blocks = blocks.build(self.through, at.dilation)
         if fusion != "first":
@@ -111,8 +121,8 @@ class CrossStage(nn.Module):
 
 
 class PlainStage(nn.Module):
-    """The same blocks on all channels. DarkNet downsamples and widens by a convolution before them; with `down`
-    off the first block does it, as ResNet's.
+    """The same blocks on all channels. DarkNet downsamples and widens by a convolution before them; without `down`
+    the first block does it, as ResNet's.
     """
 
     def __init__(self, cin: int, cout: int, at: Resolution, blocks: Blocks, *, down: bool, average_down: bool):
@@ -123,7 +133,7 @@ class PlainStage(nn.Module):
             self.blocks = blocks.build(cout, at.dilation)
         else:
             self.conv_down = nn.Identity()
-            self.blocks = blocks.build(cin, at.dilation, at.stride)
+            self.blocks = blocks.build(cin, at.dilation, at.stride, at.first)
 
     def forward(self, x: Tensor) -> Tensor:
         return run_blocks(self.blocks, self.conv_down(x), self.checkpointing)

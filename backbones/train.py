@@ -1,7 +1,12 @@
-"""The work of `python -m backbones train`: from images to weights, alone or under torchrun, a checkpoint an epoch."""
+"""The work of `python -m backbones train`: from images to weights, alone or under torchrun, a checkpoint an epoch.
+
+A run that was killed and resumed ends with the bits of one that was not: on the same machine, with the same version
+of torch and the same number of threads and processes, on the CPU. CUDA's kernels do not promise that much.
+"""
 
 import hashlib
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +23,12 @@ from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.distributed import is_main, process_group, rank, world_size
 from backbones.engine import evaluate, train_one_epoch
 from backbones.errors import InputError
+from backbones.evaluate import find_weights
 from backbones.imagenet import ImageNet, create_loader, list_samples
 from backbones.mix import Mix
 from backbones.optim import create_optimizer
 from backbones.plan import Plan
+from backbones.weights import read_metadata
 
 
 def run_train(config: ClassifierConfig) -> dict[str, Any]:
@@ -42,10 +49,11 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
 def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
     train = config.train
     augment = _augment(config)
-    training_set, held_out, classes = _data(config, augment)
+    weights = find_weights(config)
+    training_set, held_out, classes = _data(config, augment, weights)
     plan = Plan(train, len(training_set), config.data.batch_size, config.seed)
     seed_everything(config.seed)
-    model = _model(config, device)
+    model = _model(config, weights, device)
     ema = None if train.ema is None else _average(model, train.ema)
     optimizer = create_optimizer(model, train.optimizer, plan.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
@@ -97,11 +105,14 @@ def _augment(config: ClassifierConfig) -> TrainAugment:
     )  # fmt: skip
 
 
-def _data(config: ClassifierConfig, augment: TrainAugment) -> tuple[ImageNet, ImageNet, list[str]]:
-    """The training and the held-out images, and the names of the classes."""
+def _data(
+    config: ClassifierConfig, augment: TrainAugment, weights: Path | None
+) -> tuple[ImageNet, ImageNet, list[str]]:
+    """The training and the held-out images, and the names of the classes: those of the head to start from, if any."""
     data = config.data
-    samples, classes = list_samples(data, data.train_split, config.num_classes)
-    held_out, val_classes = list_samples(data, data.split, config.num_classes)
+    trained_on = read_metadata(weights).get("classes") if weights and not config.ignore_head else None
+    samples, classes = list_samples(data, data.train_split, config.num_classes, trained_on)
+    held_out, val_classes = list_samples(data, data.split, config.num_classes, trained_on)
     if data.batch_size == 1:
         raise InputError("data.batch_size=1: BatchNorm cannot train on one image; give at least 2")
     if {sample.name for sample in samples} & {sample.name for sample in held_out}:
@@ -116,12 +127,12 @@ def _data(config: ClassifierConfig, augment: TrainAugment) -> tuple[ImageNet, Im
     )
 
 
-def _model(config: ClassifierConfig, device: torch.device) -> CSPNet:
+def _model(config: ClassifierConfig, weights: Path | None, device: torch.device) -> CSPNet:
     sync = config.sync_batchnorm and world_size() > 1
     if sync and device.type == "cpu":
         raise InputError("sync_batchnorm=true works on GPUs alone: set it to false, or device=cuda")
     model = create_model(
-        config.model, config.num_classes, config.weights, ignore_head=config.ignore_head,
+        config.model, config.num_classes, weights, ignore_head=config.ignore_head,
         drop_path=config.train.drop_path, batchnorm="sync" if sync else "batch",
     )  # fmt: skip
     return model.to(memory_format=torch.channels_last).to(device) if config.channels_last else model.to(device)

@@ -97,9 +97,8 @@ class Variant:
         hidden = round(width * _of(self.bottleneck, i))
         blocks = Blocks(self.block, width, hidden, _of(self.groups, i), self.act, self.se, drop_path)
         if self.fusion is None:
-            return PlainStage(
-                cin, cout, at, blocks, down=not self.strided_blocks, average_down=self.average_down
-            )  # fmt: skip
+            down = self.strides[i] != 1 and not self.strided_blocks
+            return PlainStage(cin, cout, at, blocks, down=down, average_down=self.average_down)
         return CrossStage(
             cin, cout, at, blocks, expand=round(cout * _of(self.expand, i)), gamma=_of(self.gamma, i),
             fusion=self.fusion, down=self.strides[i] != 1, average_down=self.average_down,
@@ -115,7 +114,7 @@ def _plain(variant: Variant) -> Variant:
     """The twin of a network whose blocks see half of a stage's channels: they see all, as wide inside as before."""
     ratios, bottlenecks = variant.block_ratio, variant.bottleneck
     inner = tuple(_of(ratios, i) * _of(bottlenecks, i) for i in range(len(variant.depths)))
-    return replace(variant, fusion=None, block_ratio=1.0, bottleneck=inner)
+    return replace(variant, fusion=None, plain=None, block_ratio=1.0, bottleneck=inner)
 
 
 def _with_plain(variant: Variant) -> Variant:

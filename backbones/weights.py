@@ -57,7 +57,8 @@ def load_weights(model: "CSPNet", source: str | Path, *, ignore_head: bool = Fal
         state = {key: value for key, value in state.items() if not key.startswith("head.")}
         state |= {key: value for key, value in model.state_dict().items() if key.startswith("head.")}
     elif model.num_classes == 0:
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        built = tuple(f"stages.{i}." for i in range(len(model.stages)))
+        state = {key: state[key] for key in state if key.startswith(("stem.", *built))}
     load_state(model, state, source, model.name)
     return metadata
 
@@ -145,12 +146,14 @@ def _read_pickle(path: str | Path) -> Any:
 
 def _unwrap(checkpoint: Any, path: str | Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint, under the keys that trainers commonly use."""
-    for key in ("state_dict_ema", "state_dict", "model"):
+    for key in ("ema", "state_dict_ema", "state_dict", "model"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
     if not isinstance(checkpoint, Mapping) or not any(isinstance(value, Tensor) for value in checkpoint.values()):
         raise InputError(f"{path} holds no state dict: give weights, not a whole model or a training log")
-    return {str(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    tensors.pop("n_averaged", None)  # torch's AveragedModel counts
+    return tensors
 
 
 def _canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,6 +177,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: object, n
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    # A frozen BatchNorm does not count.
+    state = {key: value for key, value in state.items() if key in own or not key.endswith("num_batches_tracked")}
     foreign = [key for key in state if key not in own]
     if missing or foreign:
         lacks = f"lacks {missing[0]} and {len(missing) - 1} more" if missing else ""

@@ -21,9 +21,11 @@ import timm.data
 import torch
 import torch.nn.functional as F
 
+from backbones.cli import at_least
 from backbones.config import ImageData
 from backbones.cspnet import create_model
 from backbones.engine import normalize, predict, train_one_epoch
+from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.imagenet import ImageNet, create_loader, list_samples
 from backbones.published import ALIASES, protocol
@@ -36,10 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="an image folder: <root>/val/<class>/*.JPEG")
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--images", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=at_least(1), default=96)
+    parser.add_argument("--batch-size", type=at_least(1), default=16)
+    parser.add_argument("--workers", type=at_least(0), default=1)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -64,7 +66,9 @@ def take_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[s
     """Images a second of each, the median of `rounds`, and the medians of the first's speed over each other's."""
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(1 + rounds):
-        for name, work in contestants.items():
+        names = list(contestants)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who comes first changes
+            work = contestants[name]
             start = time.perf_counter()
             images = work()
             if turn:  # the first round warms up
@@ -87,16 +91,20 @@ def evaluations(name: str, args: argparse.Namespace, device: torch.device) -> di
     model = create_model(name).to(device).eval()
     peer = timm.create_model(timm_name(name)).to(device).eval()
     peer.load_state_dict(model.state_dict())
-    batches = [normalize(pixels.to(device), preprocess) for pixels, _ in create_loader(dataset, args.batch_size, 0)]
+    loader = create_loader(dataset, args.batch_size, 0)
+    batches = [normalize(pixels.to(device), preprocess).contiguous() for pixels, _ in loader]
+    with torch.inference_mode():  # the race is about the same work
+        torch.testing.assert_close(model(batches[0]), peer(batches[0]), rtol=1e-3, atol=1e-4)
 
     def ours() -> int:
         return len(predict(model, dataset, batch_size=args.batch_size, workers=args.workers).indices)
 
     def theirs() -> int:
+        files = timm.data.ImageDataset("", reader=TimmReader([str(sample.source) for sample in samples]))
         loader = timm.data.create_loader(
-            TimmFiles([str(sample.source) for sample in samples]), (3, preprocess.crop, preprocess.crop),
-            args.batch_size, use_prefetcher=device.type == "cuda", interpolation=preprocess.interpolation,
-            crop_pct=peer.default_cfg["crop_pct"], num_workers=args.workers, device=device, persistent_workers=False,
+            files, (3, preprocess.crop, preprocess.crop), args.batch_size, use_prefetcher=device.type == "cuda",
+            interpolation=preprocess.interpolation, crop_pct=peer.default_cfg["crop_pct"], num_workers=args.workers,
+            device=device, persistent_workers=False,
         )  # fmt: skip
         with torch.inference_mode():
             return sum(len(peer(images.to(device)).cpu()) for images, _ in loader)
@@ -108,21 +116,17 @@ def evaluations(name: str, args: argparse.Namespace, device: torch.device) -> di
     return {"ours": ours, "timm": theirs, "model alone": alone}
 
 
-class TimmFiles(timm.data.ImageDataset):  # type: ignore[misc]
-    """timm's data set over given files."""
-
-    def __init__(self, files: list[str]):
-        super().__init__("", reader=TimmReader(files))
-
-
-class TimmReader(list[str]):
+class TimmReader:
     """timm asks a reader for the open file and the class."""
 
-    def __getitem__(self, index: int) -> Any:
-        return open(super().__getitem__(index), "rb"), 0
+    def __init__(self, files: list[str]):
+        self.files = files
 
-    def filename(self, index: int, *_: Any) -> str:
-        return super().__getitem__(index)
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return open(self.files[index], "rb"), 0
 
 
 def training_steps(name: str, device: torch.device) -> dict[str, Callable[[], int]]:
@@ -188,4 +192,5 @@ def rows(result: dict[str, Any], task: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_input_error():
+        main()

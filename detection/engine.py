@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from backbones.engine import to_device
 from backbones.errors import InputError
 from backbones.preprocess import Fitted, canvas_size
 from backbones.progress import progress
@@ -41,8 +42,8 @@ def train_one_epoch(
             group["lr"] = lrs[step]
         with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
             losses = model(
-                [image.to(device, non_blocking=True) for image in images],
-                [{key: value.to(device, non_blocking=True) for key, value in target.items()} for target in targets],
+                [to_device(image, device) for image in images],
+                [{key: to_device(value, device) for key, value in target.items()} for target in targets],
             )
             loss = sum(losses.values(), torch.zeros((), device=device))
         value = loss.item()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from backbones.checkpoint import pick_device
+from backbones.distributed import check_alone
 from backbones.errors import InputError
 from backbones.files import check_writable, sha256, versions, write_json
 from backbones.weights import resolve
@@ -20,8 +21,9 @@ def run_eval(config: DetectorConfig) -> dict[str, Any]:
     """Evaluate, write `<output>/eval.json` and `<output>/detections.json`, and return the former.
 
     Raises:
-        InputError: no data, no weights, or a data set that does not fit.
+        InputError: no data, no weights, a data set that does not fit, or several processes.
     """
+    check_alone("python -m detection eval")
     canonical_name(config.model)  # a misspelt name is said before the data is read
     check_writable(config.output)
     dataset = read_coco(config.data.images, config.data.annotations, "data.")

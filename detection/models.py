@@ -21,10 +21,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from backbones.cspnet import PLAIN, CSPNet, create_model, get_variant
+from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.errors import InputError, unknown
 from backbones.preprocess import DetectorPreprocess
-from backbones.published import ALIASES
+from backbones.published import ALIASES, PLAIN
 from backbones.schema import Section
 from backbones.variants import VARIANTS
 from backbones.weights import load_state, read_weights, resolve

@@ -6,7 +6,9 @@ import torch
 
 from backbones.augment import sample_seed
 from backbones.checkpoint import Run, pick_device, seed_everything
+from backbones.distributed import check_alone
 from backbones.errors import InputError
+from backbones.files import sha256
 from backbones.optim import create_optimizer, warmup_cosine
 from detection.augment import DetectionAugment
 from detection.coco import CocoSet, EvaluationImages, TrainingImages, create_loader, read_coco
@@ -22,8 +24,9 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
     Writes to `config.output`: `last.pt` to resume from, `best.safetensors` by AP50, `history.json`.
 
     Raises:
-        InputError: no data, a loss that is not finite, or nothing to resume from.
+        InputError: no data, a loss that is not finite, nothing to resume from, or several processes.
     """
+    check_alone("python -m detection train")
     if config.weights is not None:
         raise InputError("weights is for eval: train from ImageNet weights with weights_backbone, or go on with resume")
     canonical_name(config.model)  # a misspelt name is said before the data is read
@@ -40,7 +43,8 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
     model = build_detector(spec, config.preprocess, config.weights_backbone).to(device)
     optimizer = create_optimizer(model, train.optimizer, train.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
-    run = Run(config, model, optimizer, scaler, "AP50", _metadata(config, spec, training_set))
+    facts = {"images": len(training_set.records), "annotations_sha256": sha256(str(data.train_annotations))}
+    run = Run(config, model, optimizer, scaler, "AP50", _metadata(config, spec, training_set), facts=facts)
 
     for epoch in range(len(run.history), train.epochs):
         seed_everything(sample_seed(config.seed, epoch))  # so that a resumed epoch draws what an undisturbed one draws

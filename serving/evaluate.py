@@ -159,6 +159,10 @@ def _same(asked: object, has: object, what: str) -> None:
 
 
 def _top1(config: ClassifierConfig, source: Source, artifact: ClassifierArtifact) -> dict[str, Any]:
+    if config.data.on_error != "stop" or config.data.real_labels is not None:
+        raise InputError(
+            "data.on_error=skip and data.real_labels are for checkpoints, `backbones eval`: leave them out"
+        )
     samples, classes = list_samples(config.data, config.data.split, len(artifact.classes), artifact.classes)
     _same(config.data.decoder, "pillow", "data.decoder")
     paths = [sample.source for sample in samples if isinstance(sample.source, Path)]

@@ -1,9 +1,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from backbones.config import ClassifierConfig, load_config
+from backbones.config import ClassifierConfig, ClassifierTraining, load_config
 from backbones.errors import InputError
+from backbones.published import protocol
 from detection.config import DetectorConfig
 from serving.config import ServingConfig
 
@@ -26,6 +28,27 @@ def test_every_file_is_valid_and_opens_with_its_command(path):
     assert str(path.relative_to(CONFIGS.parent)) in first
 
 
+def test_a_single_epoch_takes_a_recipe_as_it_is():
+    assert load_config(ClassifierConfig, QUICKSTART, ["train.epochs=1", "train.warmup_epochs=5"]).train.epochs == 1
+
+
+@pytest.mark.parametrize("name", ["cspresnet50", "cspresnext50", "cspdarknet50"])
+def test_evaluation_files_leave_each_model_its_own_protocol(name):
+    path = CONFIGS / "imagenet" / f"{name}.yaml"
+    for model in (name, "cs3darknet_x"):
+        assert load_config(ClassifierConfig, path, [f"model={model}"]).preprocess == protocol(model)
+    assert protocol("cs3darknet_x") != protocol(name)
+
+
+def test_a_published_recipe_is_complete():
+    for path in sorted((CONFIGS / "imagenet").glob("*.yaml")):
+        given = yaml.safe_load(path.read_text())
+        if "train" in given:
+            left_out = ClassifierTraining.model_fields.keys() - given["train"].keys()
+            assert left_out <= {"poly_power", "decay_rate", "decay_epochs"}, path  # of other schedules
+            assert ClassifierConfig.model_fields.keys() - given.keys() == {"resume"}
+
+
 def test_overrides_reach_every_depth():
     config = load_config(
         ClassifierConfig, QUICKSTART, ["train.lr=1e-3", "data.workers=1", "weights=a=b.pth", "amp=true"]
@@ -43,7 +66,8 @@ def test_overrides_reach_every_depth():
         ("train.epoch=1", "did you mean 'train.epochs'"),
         ("train.lr=fast", "train.lr='fast': "),
         ("train.lr=-1", "train.lr=-1: .*greater than 0"),
-        ("train.optimizer=adam", "'sgd', 'adamw' or 'lamb'"),
+        ("train.optimizer=adam", "'sgd', 'adamw', 'lamb' or 'rmsprop'"),
+        ("train.warmup_epochs=8", "train.warmup_epochs=8: the warm-up fills train.epochs=8"),
         ("preprocess.crop=99", "crop 99 is larger than resize 64"),
         ("train", "override 'train' has no '='"),
         ("seed=-1", "seed=-1: "),

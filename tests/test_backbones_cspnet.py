@@ -1,10 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 
+from backbones.blocks import ConvNormAct, DarkBlock, leaky_relu
 from backbones.cspnet import create_model, get_variant
 from backbones.errors import InputError
-from backbones.published import ALIASES, PAPER, RELEASES
+from backbones.published import ALIASES, PAPER, RELEASES, protocol
+from backbones.stages import Blocks, CrossStage, Resolution
 from backbones.variants import VARIANTS
 
 OURS = {"cspresnet10", "cspresnext10", "cspdarknet10"}
@@ -84,16 +88,20 @@ def test_the_plain_twin_of_cspdarknet_is_timms_darknet53():
     assert {key: value.shape for key, value in twin.state_dict().items()} == shapes
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, variant in VARIANTS.items() if name.startswith("csp") or name.startswith("cs3")]
-)
-def test_every_csp_network_has_a_plain_twin_of_the_same_maps(name):
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("cs")])
+def test_every_csp_network_has_a_plain_twin_from_the_same_blocks(name):
     with torch.device("meta"):
         csp, twin = create_model(name), create_model(name, plain=True)
+    assert twin.name == f"{csp.name}_plain"
     assert csp.strides == twin.strides
-    assert create_model.__doc__ and twin.name == f"{csp.name}_plain"
-    kinds = [{type(block) for stage in net.stages for block in getattr(stage, "blocks", [])} for net in (csp, twin)]
+    assert twin.variant.plain is None
+    kinds = [{type(block) for stage in net.stages for block in stage.blocks} for net in (csp, twin)]
     assert kinds[0] == kinds[1]
+    assert not any(isinstance(stage, CrossStage) for stage in twin.stages)
+    # Where the one does not downsample by a convolution, nor does the other.
+    extra = [i for i, stage in enumerate(twin.stages) if isinstance(getattr(stage, "conv_down", None), ConvNormAct)]
+    assert all(csp.variant.strides[i] != 1 for i in extra)
+    assert protocol(twin.name) == protocol(csp.name)
 
 
 def test_one_convolution_and_a_split_equal_the_authors_two():
@@ -108,6 +116,39 @@ def test_one_convolution_and_a_split_equal_the_authors_two():
         )  # fmt: skip
         expected = torch.nn.functional.leaky_relu(alone, 0.1)
         torch.testing.assert_close(stage.conv_exp(x).split((128, 64), dim=1)[part], expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("fusion", ["both", "first", "last"])
+def test_gamma_and_fusion_of_a_stage(fusion, gamma):
+    blocks = Blocks(DarkBlock, width := 32 - round(32 * gamma), 16, 1, leaky_relu, None, [0.0, 0.0])
+    cout = 32 if fusion == "last" else 40
+    stage = CrossStage(
+        8, cout, Resolution(2), blocks, expand=32, gamma=gamma, fusion=fusion, down=True, average_down=False,
+        grow_first=False, linear_expand=False,
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 8, 16, 16)
+    assert stage(x).shape == (2, cout, 8, 8)
+    convolutions = {
+        name: module.weight.shape[:2] for name, module in stage.named_modules() if isinstance(module, torch.nn.Conv2d)
+    }
+    assert convolutions["blocks.0.conv1.conv"] == (16, width)
+    assert ("conv_transition_b.conv" in convolutions) == (fusion != "first")
+    assert ("conv_transition.conv" in convolutions) == (fusion != "last")
+    if fusion == "last":  # what crosses comes out as it went in
+        expanded = stage.conv_exp(stage.conv_down(x))
+        torch.testing.assert_close(stage(x)[:, : round(32 * gamma)], expanded[:, : round(32 * gamma)])
+
+
+def test_a_stage_that_cannot_be_is_refused():
+    blocks = Blocks(DarkBlock, 16, 8, 1, leaky_relu, None, [0.0])
+    with pytest.raises(InputError, match="gamma=1.0"):
+        replace(VARIANTS["cspresnet10"], gamma=1.0).build_stage(0, 32, Resolution(1), [0.0])
+    with pytest.raises(InputError, match="fusion=last gives 16 \\+ 16 channels, not 64"):
+        CrossStage(
+            8, 64, Resolution(1), blocks, expand=32, gamma=0.5, fusion="last", down=False, average_down=False,
+            grow_first=False, linear_expand=False,
+        )  # fmt: skip
 
 
 def test_without_classes_the_head_gives_features():

@@ -21,7 +21,7 @@ from backbones.config import ClassifierConfig, load_config
 from backbones.cspnet import create_model
 from backbones.engine import evaluate, predict
 from backbones.errors import InputError
-from backbones.evaluate import describe, published, run_eval, summary
+from backbones.evaluate import describe, headline, published, run_eval, summary
 from backbones.imagenet import ImageNet, Sample
 from backbones.memory import in_parts
 from backbones.preprocess import ClassifierPreprocess
@@ -81,6 +81,8 @@ class MeanColor(nn.Module):
 
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("FIND was unable to find an engine to execute this computation"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
 )
 
@@ -96,8 +98,9 @@ def test_when_memory_runs_out_batches_are_halved_and_nothing_is_lost(tmp_path, c
     assert model.sizes == [2, 2, 2, 2] * 2 + [2, 1]  # 8, then 4, then 2, which stays
     assert (expected.batch_size, found.batch_size) == (8, 2)
     assert capsys.readouterr().out == "memory does not hold 8 images at once: going on with 2\n"
-    with pytest.raises(InputError, match="memory does not hold one image: give device=cpu"):
+    with pytest.raises(InputError, match="memory does not hold one image .*: give device=cpu") as raised:
         predict(MeanColor(0, error), images, batch_size=8, workers=0)
+    assert str(error) in str(raised.value)
 
 
 def test_other_errors_are_no_lack_of_memory():
@@ -129,7 +132,8 @@ def test_report_agrees_with_the_model_by_hand(tmp_path):
     data = draw(tmp_path / "data", 7)
     real = [[0], [], [5, 701], [0], [217], [701], [0, 217, 701]]
     (tmp_path / "real.json").write_text(json.dumps(real))
-    result = run_eval(config(data, tmp_path / "run", f"data.real_labels={tmp_path / 'real.json'}"))
+    more = [f"data.real_labels={tmp_path / 'real.json'}", "preprocess.interpolation=bilinear"]
+    result = run_eval(config(data, tmp_path / "run", *more))
     assert {path.name for path in (tmp_path / "run").iterdir()} == REPORT
     written, table = read(tmp_path / "run")
     assert written == json.loads(json.dumps(result))
@@ -174,6 +178,34 @@ def test_published_figures_are_of_the_same_weights_and_protocol(tmp_path):
         assert published(load_config(ClassifierConfig, CONFIG, [override])) == []
     settings = load_config(ClassifierConfig, CONFIG, ["preprocess.interpolation=bicubic"])
     assert [figure["by"] for figure in published(settings)] == ["mmpretrain"]
+    settings = load_config(ClassifierConfig, CONFIG, ["ignore_head=true"])
+    assert published(settings) == []  # of a random head
+    assert "weights timm with a random head, as ignore_head=true asks (seed 0): " in headline(settings)
+
+
+def test_a_protocol_that_no_published_figure_has_is_said():
+    shares: dict = {"top1": 0.5, "top5": 0.5, "images": 2, "per_class": {}, "model": "cspresnet50", "published": []}
+    line = summary(shares | {"weights": "timm", "ignore_head": False})
+    assert line.endswith(
+        "; no published figure under this protocol; timm's is 79.578, 94.698 under resize 288 bilinear, "
+        "centre crop 256, mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+    )
+    for values in ({"weights": "mine.safetensors", "ignore_head": False}, {"weights": "timm", "ignore_head": True}):
+        assert "published" not in summary(shares | values)
+
+
+def test_a_report_that_is_not_whole_has_no_eval_json(tmp_path, monkeypatch):
+    settings = config(draw(tmp_path / "data", 3), tmp_path / "run")
+    run_eval(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("backbones.evaluate.predict", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_eval(settings)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == REPORT  # the earlier one, untouched
+    monkeypatch.setattr("backbones.report.reliability", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_eval(settings)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == REPORT - {"eval.json"}
 
 
 @pytest.mark.parametrize("root", [None, "/nowhere"])
@@ -232,7 +264,7 @@ def test_csv_over_models_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch)
         result = read(tmp_path / "run" / row["model"])[0]
         assert (float(row["top1"]), int(row["images"]), row["skipped"]) == (result["top1"], 3, "0")
         assert row["protocol"] == result["protocol"]
-    main(many(data, tmp_path, "cspresnet10", more=["preprocess.crop=30"]))  # another protocol, another row
+    main(many(data, tmp_path, "cspresnet10", more=["seed=1"]))  # another network, another row
     main(many(data, tmp_path, "cspresnet10", more=["data.batch_size=2", "data.workers=1"]))  # the same figures
     assert ran[-1:] == ["cspresnet10"] and len(ran) == 5
 
@@ -247,14 +279,33 @@ def test_csv_of_something_else_is_not_written_over(tmp_path):
         main(["eval", str(CONFIG), "--models", "all"])
 
 
+def test_what_changes_the_figures_makes_another_row(tmp_path):
+    def key(*overrides: str) -> tuple[str, ...]:
+        settings = config(tmp_path, tmp_path, *overrides)
+        return backbones.compare._key(backbones.compare._identity(settings, settings.weights))
+
+    weights = "weights=timm"
+    changes = ["ignore_head=true", "channels_last=true", "amp=true", "preprocess.crop=30", "data.decoder=opencv"]
+    keys = [key(), key("seed=1"), key(weights), *(key(weights, change) for change in changes)]
+    assert len(set(keys)) == len(keys)
+    assert key(weights, "seed=1") == key(weights)  # nothing is random
+    assert key(weights, "seed=1", "ignore_head=true") != key(weights, "ignore_head=true")
+    assert key("data.workers=1", "data.batch_size=1", "output=x") == key()
+
+
 DRIVER = """
-import json, sys
+import json, os, sys
+import torch
 from backbones.__main__ import main
-for words in json.loads(sys.argv[1]):
-    try:
-        main(["eval", *words])
-    except SystemExit as stop:
-        print("left with", stop.code, flush=True)
+from backbones.distributed import process_group
+os.makedirs(os.environ["RANK"], exist_ok=True)
+os.chdir(os.environ["RANK"])  # machines without a common disk
+with process_group(torch.device("cpu")):
+    for words in json.loads(sys.argv[1]):
+        try:
+            main(["eval", *words])
+        except SystemExit as stop:
+            print("left with", stop.code, flush=True)
 """
 
 
@@ -264,7 +315,7 @@ def two_processes(folder: Path, *runs: list[str]) -> subprocess.CompletedProcess
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launch, str(folder / "driver.py"), json.dumps(runs)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=folder)
 
 
 @pytest.mark.slow
@@ -275,9 +326,12 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     skip = "data.on_error=skip"
     run_eval(config(data, tmp_path / "one", skip))
     csv_run = many(data, tmp_path, "cspresnet10", "cspdarknet10", more=[skip])[1:]
+    csv_run[csv_run.index("--csv") + 1] = "results.csv"  # which the main process alone will have
+    draw(tmp_path / "0" / "mine", 3)
     done = two_processes(
-        tmp_path, arguments(data, tmp_path / "two", skip), arguments(data, tmp_path / "stopped"), csv_run, csv_run
-    )
+        tmp_path, arguments(data, tmp_path / "two", skip), arguments(data, tmp_path / "stopped"), csv_run, csv_run,
+        arguments(Path("mine"), tmp_path / "stopped"),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (one, alone), (two, together) = read(tmp_path / "one"), read(tmp_path / "two")
     assert (one["processes"], two["processes"], two["images"]) == (1, 2, 6)
@@ -288,12 +342,14 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     assert alone == together
     np.testing.assert_allclose(*confidences, atol=1e-5)
 
-    # One process met the broken image; both stop, and say which it is.
-    assert done.stdout.count("left with 2") == 2
+    # One process met the broken image, one has no data; both stop, and say which it is.
+    assert done.stdout.count("left with 2") == 4
     assert f"error: {broken}" in done.stderr
+    assert done.stderr.count("error: data.root=mine is no folder") == 2
     assert not list((tmp_path / "stopped").iterdir())
 
     assert done.stdout.count("top-1") == 3  # the one run and the two models', each printed by one process
     assert done.stdout.count("already in") == 2
-    with open(tmp_path / "results.csv", newline="") as file:
+    assert not (tmp_path / "1" / "results.csv").exists()
+    with open(tmp_path / "0" / "results.csv", newline="") as file:
         assert [row["model"] for row in csv.DictReader(file)] == ["cspresnet10", "cspdarknet10"]

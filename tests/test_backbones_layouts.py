@@ -17,12 +17,14 @@ import pytest
 import webdataset
 from PIL import Image
 
-from backbones.config import ImageData
+from backbones.config import ClassifierConfig, ImageData, load_config
 from backbones.errors import InputError
 from backbones.imagenet import Sample, list_samples
 from backbones.labels import wordnet_ids
 from backbones.preprocess import ImageError
+from backbones.train import run_train
 
+CONFIG = Path(__file__).parents[1] / "configs" / "imagenet" / "cspresnet50.yaml"
 WNIDS = ("n01440764", "n03888257")  # classes 0 and 701
 Files = dict[str, bytes]
 
@@ -193,13 +195,37 @@ def test_shard_labels(tmp_path, files, expected):
             samples(archive)
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"a.jpg": b"1", "a.mask.png": b"2", "a.cls": b"1"}, b"1"),  # KEY.jpg is the image
+        ({"a.input.jpg": b"1", "a.cls": b"1"}, b"1"),
+        ({"a.jpg": b"1", "a.png": b"2", "a.cls": b"1"}, "images of one sample: keep one of them"),
+        ({"x/a.left.jpg": b"1", "x/a.right.jpg": b"2", "x/a.cls": b"1"}, r"x/a\.\w+\.jpg and a\.\w+\.jpg are images"),
+    ],
+)
+def test_a_shards_sample_has_one_image(tmp_path, files, expected):
+    archive = write_tar(tmp_path / "x.tar", files)
+    if isinstance(expected, bytes):
+        assert [sample.load() for sample in samples(archive)] == [expected]
+    else:
+        with pytest.raises(InputError, match=expected):
+            samples(archive)
+
+
 @pytest.mark.parametrize("folder", ["data", "."])
 @pytest.mark.parametrize("names", [None, list(WNIDS)])
 def test_parquet_folder(tmp_path, names, folder):
     root = make_parquet(tmp_path / "set", names=names, folder=folder)
     found = samples(root, split="validation")
     assert content(found) == EXPECTED
-    assert found[1].name == f"{root}:validation[1] ILSVRC2012_val_00000002.png"
+    first, second = (root / folder / f"validation-{i:05d}-of-00002.parquet" for i in range(2))
+    for place, name in (
+        (1, f"{first}[1] ILSVRC2012_val_00000002.png"),
+        (3, f"{second}[0] ILSVRC2012_val_00000004.png"),
+    ):
+        assert found[place].name == name
+        assert found[place].load() == sorted(EXPECTED)[place][1]
     assert content(pickle.loads(pickle.dumps(found))) == EXPECTED
     with pytest.raises(InputError, match="has no file of split 'val' but test, validation: set data.split"):
         samples(root)
@@ -221,6 +247,39 @@ def test_parquet_classes_of_its_own_and_imagenets_in_english(tmp_path):
     assert [sample.target for sample in found] == [0, 0, 0, 1, 1, 1]
 
 
+def test_parquet_in_folders_of_splits(tmp_path):
+    rows = {"train": [3, 1], "val": [2]}
+    for split, labels in rows.items():
+        (tmp_path / split).mkdir()
+        images = [{"bytes": png(label), "path": None} for label in labels]
+        pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / split / "0.parquet")
+    for split, labels in rows.items():
+        assert [(sample.target, sample.load()) for sample in samples(tmp_path, 5, split)] == [
+            (label, png(label)) for label in labels
+        ]
+    with pytest.raises(InputError, match="has no folder 'test' but train, val"):
+        samples(tmp_path, 5, "test")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar", "shard"])
+def test_files_that_name_no_split_give_both_splits_the_same_names(tmp_path, kind):
+    """So that training, which compares the names, refuses to evaluate on what it learns from."""
+    if kind == "parquet":
+        images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(4)]
+        pq.write_table(pa.table({"image": images, "label": [0, 1, 2, 3]}), tmp_path / "images.parquet")
+    elif kind == "tar":
+        write_tar(tmp_path / "x.tar", {name.replace("n0", "c"): body for name, body in tree().items()})
+    else:
+        write_tar(tmp_path / "x.tar", {"a.png": png(0), "a.cls": b"0", "b.png": png(1), "b.cls": b"1"})
+    classes = 2 if kind == "tar" else 4
+    train, val = ([sample.name for sample in samples(tmp_path, classes, split)] for split in ("train", "val"))
+    assert train == val
+    data = ["data.root=" + str(tmp_path), f"num_classes={classes}", f"output={tmp_path / 'run'}"]
+    small = ["weights=null", "model=cspresnet10", "preprocess.resize=32", "preprocess.crop=32", "device=cpu"]
+    with pytest.raises(InputError, match="has no separate 'val' folder to evaluate on"):
+        run_train(load_config(ClassifierConfig, CONFIG, data + small))
+
+
 def test_parquet_without_the_librarys_metadata(tmp_path):
     (tmp_path / "set").mkdir()
     images = [{"bytes": png(i), "path": None} for i in range(3)] + [{"bytes": None, "path": "elsewhere.png"}]
@@ -228,7 +287,7 @@ def test_parquet_without_the_librarys_metadata(tmp_path):
     found = samples(tmp_path / "set", 5)
     assert [sample.target for sample in found] == [3, 1, 2, 2]
     assert found[2].load() == png(2)
-    assert found[0].name.endswith(":val[0]")
+    assert found[0].name.endswith("set/val.parquet[0]")
     with pytest.raises(ImageError, match="holds no image bytes"):
         found[3].load()
     pq.write_table(pa.table({"picture": images}), tmp_path / "set" / "val.parquet")

@@ -6,15 +6,18 @@ from backbones.metrics import Accuracy, calibrate, confidence, rank, real_accura
 
 
 def test_accuracy_by_hand():
-    ranked = np.array([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [5, 4, 3, 2, 1]])
+    logits = np.array([[0.9, 0.5, 0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.0] * 6])
     accuracy = Accuracy(list("abcdef"))
-    accuracy.update(ranked[:2], np.array([0, 0]))
-    accuracy.update(ranked[2:], np.array([0]))
+    accuracy.update(rank(logits[:2], 5), np.array([0, 0]))
+    accuracy.update(rank(logits[2:], 5), np.array([1]))
     assert accuracy.compute() == {
         "top1": 1 / 3,
         "top5": 2 / 3,
         "images": 3,
-        "per_class": {"a": {"images": 3, "top1": 1 / 3, "top5": 2 / 3}},
+        "per_class": {
+            "a": {"images": 2, "top1": 0.5, "top5": 0.5},
+            "b": {"images": 1, "top1": 0.0, "top5": 1.0},  # of equal logits the lower index is first
+        },
     }
 
 

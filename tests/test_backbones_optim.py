@@ -2,11 +2,12 @@ import sys
 
 import pytest
 import torch
+from timm.scheduler import StepLRScheduler
 from torch import nn
 
 from backbones.config import ClassifierTraining
 from backbones.errors import InputError
-from backbones.optim import create_optimizer, warmup_cosine, warmup_poly
+from backbones.optim import create_optimizer, warmup_cosine, warmup_poly, warmup_step
 from backbones.plan import Plan
 
 
@@ -25,6 +26,32 @@ def test_cosine_by_hand():
 def test_poly_by_hand():
     assert [warmup_poly(step, 12, 2, power=4) for step in (0, 1, 2, 7)] == pytest.approx([1 / 3, 2 / 3, 1, 0.5**4])
     assert warmup_poly(7, 12, 2, power=1) == pytest.approx(0.5)
+
+
+def test_steps_by_hand():
+    rates = [warmup_step(step, 2, 4, rate=0.5) for step in range(13)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.125])
+    steps = plan(epochs=9, lr=0.1, warmup_epochs=1, schedule="step", decay_epochs=2.4, decay_rate=0.97)
+    rates = [rate for epoch in range(9) for rate in steps.lrs(epoch)]
+    assert rates[9:] == pytest.approx([0.1 * 10 / 11] + [0.1 * 0.97 ** (step // 24) for step in range(10, 90)])
+
+
+def test_steps_are_timms():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    scheduler = StepLRScheduler(optimizer, decay_t=2.4, decay_rate=0.97, warmup_t=3, warmup_prefix=False)
+    ours = plan(epochs=20, lr=0.1, warmup_epochs=3, schedule="step", decay_epochs=2.4, decay_rate=0.97)
+    for epoch in range(3, 20):
+        scheduler.step(epoch)
+        assert ours.lrs(epoch)[0] == pytest.approx(optimizer.param_groups[0]["lr"])  # at an epoch's start
+
+
+def test_a_single_epoch_warms_up_for_half_of_it():
+    single = plan(epochs=1, lr=1, warmup_epochs=5)
+    rates = single.lrs(0)
+    assert rates.index(max(rates)) == 5
+    assert max(rates) == 1
+    assert rates[-1] < 0.2
+    assert "after 0.5 epochs" in single.describe()
 
 
 def test_a_plan_runs_through_the_whole_schedule():
@@ -71,7 +98,7 @@ def test_a_step_is_of_the_same_images_however_it_is_divided(monkeypatch):
         assert not {*parts[0][half]} & {*parts[1][half]}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsprop"])
 def test_only_weights_are_decayed(name):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for parameter in model.parameters():
@@ -83,7 +110,17 @@ def test_only_weights_are_decayed(name):
     assert all((parameter == 1).all() for parameter in (conv.bias, norm.weight, norm.bias))
 
 
-def test_lamb_without_timm_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm.optim.lamb", None)
-    with pytest.raises(InputError, match=r"pip install 'cspnet\[lamb\]'"):
-        create_optimizer(nn.Linear(1, 1), "lamb", lr=0.1, momentum=0.9, weight_decay=0)
+@pytest.mark.parametrize(("name", "module"), [("lamb", "lamb"), ("rmsprop", "rmsprop_tf")])
+def test_what_is_timms_names_the_extra_without_it(monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, f"timm.optim.{module}", None)
+    with pytest.raises(InputError, match=rf"train.optimizer={name} needs timm: pip install 'cspnet\[timm\]'"):
+        create_optimizer(nn.Linear(1, 1), name, lr=0.1, momentum=0.9, weight_decay=0)
+
+
+def test_rmsprop_is_tensorflows():
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    layer.weight.grad = torch.full_like(layer.weight, 2.0)
+    create_optimizer(layer, "rmsprop", lr=0.1, momentum=0.9, weight_decay=0).step()
+    # mean square from 1, of which the gradient's takes a tenth; the small number is added under the root
+    assert layer.weight.item() == pytest.approx(-0.1 * 2 / (0.9 * 1 + 0.1 * 4 + 0.001) ** 0.5)

@@ -1,12 +1,15 @@
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from backbones.__main__ import main
+from backbones.blocks import DarkBlock
+from backbones.cspnet import create_model
 from backbones.profile import Profile, latencies, profile, render, table, training_mib
 from backbones.published import PAPER, RELEASES
-from backbones.variants import VARIANTS
+from backbones.variants import VARIANTS, Stem, Variant
 
 
 @pytest.mark.parametrize(
@@ -34,20 +37,25 @@ def test_the_papers_networks_cost_what_the_paper_says(name):
         assert least * published.bflops <= cost.bflops <= 1.01 * published.bflops, model
 
 
-def test_counts_by_hand():
-    """cspresnet10's stem alone, at 64 x 64: 7x7x3x32 weights over 32 x 32 cells, and so on to the classifier."""
-    cost = profile("cspresnet10", 64)
-    half = profile("cspresnet10", 32)
-    assert cost.params == half.params
-    # All but the classifier scales with the area.
-    classifier = 512 * 1000
-    assert cost.bflops * 1e9 - 2 * classifier == pytest.approx(4 * (half.bflops * 1e9 - 2 * classifier))
-    assert cost.activations * 1e6 - 1000 == pytest.approx(4 * (half.activations * 1e6 - 1000))
+def test_counts_by_hand(monkeypatch):
+    """A stem of 3x3x3x8 weights over 32 x 32 cells; over 16 x 16 a DarkNet stage of 3x3x8x16, 1x1x16x8 and 3x3x8x16."""
+    tiny = Variant(
+        block=DarkBlock, stem=Stem((8,), 3, 2), depths=(1,), channels=(16,), strides=(2,), bottleneck=0.5, fusion=None
+    )  # fmt: skip
+    monkeypatch.setitem(VARIANTS, "tiny", tiny)
+    monkeypatch.setattr("backbones.profile.create_model", partial(create_model, levels=("c1", "c2")))
+    weights = 216, 1152, 128, 1152, 16 * 1000
+    cells = 1024, 256, 256, 256, 1
+    outputs = 1024 * 8 + 256 * (16 + 8 + 16)
+    cost = profile("tiny", 64)
+    macs = sum(w * n for w, n in zip(weights, cells, strict=True))
+    assert cost.params * 1e6 == pytest.approx(sum(weights) + 1000 + 2 * (8 + 16 + 8 + 16))
+    assert cost.bflops * 1e9 == pytest.approx(2 * macs)
+    assert cost.gmacs * 1e9 == pytest.approx(macs + 2 * outputs)
+    assert cost.activations * 1e6 == pytest.approx(outputs + 1000)
 
 
 def test_training_memory_is_what_a_real_step_keeps():
-    from backbones.cspnet import create_model
-
     model = create_model("cspresnet10").train()
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     kept = {}
@@ -66,9 +74,26 @@ def test_latencies_are_of_all_models():
     assert all(ms > 0 for ms in times.values())
 
 
+SETTING = {"batch_size": 1, "training_batch": 32, "device": "cpu, 1 threads", "memory": "counted"}
+
+
 def test_the_saving_is_by_hand():
-    plain = {"model": "a_plain", **vars(Profile(10, 5, 10, 4)), "training_mib": 100, "size": 64, "latency_ms": 20.0}
-    csp = {"model": "a", **vars(Profile(8, 4, 8, 5)), "training_mib": 50, "size": 64, "latency_ms": 30.0}
+    plain = {
+        "model": "a_plain",
+        **vars(Profile(10, 5, 10, 4)),
+        "training_mib": 100,
+        "size": 64,
+        "setting": SETTING,
+        "latency_ms": 20.0,
+    }
+    csp = {
+        "model": "a",
+        **vars(Profile(8, 4, 8, 5)),
+        "training_mib": 50,
+        "size": 64,
+        "setting": SETTING,
+        "latency_ms": 30.0,
+    }
     line = render([plain, csp]).splitlines()[-1].split()
     assert line == [
         "saved",
@@ -98,7 +123,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         main(["profile", "--runs", "0"])
     assert error.value.code == 2
-    assert "no model is named" in capsys.readouterr().err
+    assert "or --paper" in capsys.readouterr().err
 
 
 @pytest.mark.slow

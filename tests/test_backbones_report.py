@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from backbones.metrics import calibrate
-from backbones.report import Outcomes, confused_pairs, worst, write_report
+from backbones.report import Outcomes, confused_pairs, confusion, worst, write_report
 
 FILES = {"per_class.csv", "predictions.csv", "confusion.png", "reliability.png", "mistakes.jpg"}
 
@@ -56,6 +56,20 @@ def test_pictures_are_the_same_whatever_the_users_settings(tmp_path, classes, pr
         with Image.open(tmp_path / "a" / name) as image:
             assert min(image.size) >= 300
             assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_a_confusion_matrixs_cells_are_counts_of_truth_and_prediction():
+    targets, best = np.array([1, 1, 1, 1, 4, 4, 4, 6]), np.array([1, 1, 4, 0, 4, 6, 6, 6])
+    names = [f"c{i}" for i in range(8)]
+    ranked, sure = np.stack([best, best + 1], axis=1), np.ones(8, dtype=np.float32)
+    figure = confusion(Outcomes([""] * 8, np.arange(8), targets, ranked, sure, names))
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["c1", "c4", "c6"]
+    assert [label.get_text() for label in axes.get_xticklabels()][:3] == ["c1", "c4", "c6"]
+    counts = np.array([[2, 1, 0, 1], [0, 1, 2, 0], [0, 0, 1, 0]])  # the last column: a class without images
+    np.testing.assert_allclose(axes.images[0].get_array(), counts / counts.sum(1, keepdims=True))
+    cells = {(int(text.get_position()[1]), int(text.get_position()[0])): int(text.get_text()) for text in axes.texts}
+    assert cells == {(row, column): counts[row, column] for row, column in np.argwhere(counts).tolist()}
 
 
 def test_worst_mistakes_are_the_surest_and_pairs_are_counted(tmp_path):

@@ -15,7 +15,8 @@ from backbones.augment import TrainAugment
 from backbones.checkpoint import Run
 from backbones.config import ClassifierConfig, load_config
 from backbones.cspnet import create_model
-from backbones.engine import train_one_epoch
+from backbones.distributed import process_group
+from backbones.engine import normalize, train_one_epoch
 from backbones.errors import InputError
 from backbones.evaluate import run_eval
 from backbones.files import sha256
@@ -146,6 +147,55 @@ def test_another_runs_checkpoint_is_refused(shapes, tmp_path):
             run_train(config(shapes, tmp_path, "resume=true"))
 
 
+def test_a_run_that_stopped_at_a_broken_image_may_go_on_without_it(shapes, tmp_path):
+    run_train(config(shapes, tmp_path, "train.epochs=1"))
+    skipping = config(shapes, tmp_path, "train.epochs=1", "resume=true", "data.on_error=skip")
+    assert run_train(skipping)["history"]
+    run_train(config(shapes, tmp_path, "train.epochs=1", "data.on_error=skip"))
+    with pytest.raises(InputError, match="data.on_error=skip, not stop"):  # it may have skipped some
+        run_train(config(shapes, tmp_path, "train.epochs=1", "resume=true"))
+
+
+def test_another_runs_files_are_kept(shapes, tmp_path, capsys):
+    kept = []
+    for seed in range(3):
+        with pytest.raises(InputError, match="classes"):  # before training, nothing is moved
+            run_train(config(shapes, tmp_path, "train.epochs=1", "num_classes=5"))
+        run_train(config(shapes, tmp_path, "train.epochs=1", f"seed={seed}"))
+        kept.append([sha256(tmp_path / "last.pt"), *hashes(tmp_path)])
+        (tmp_path / "eval.json").write_text("{}")  # not of the run
+    for number in (1, 2):
+        place = tmp_path / f"previous-{number}"
+        assert [sha256(place / "last.pt"), *hashes(place)] == kept[number - 1]
+        assert list((place / "tensorboard").iterdir())
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert sorted(path.name for path in tmp_path.glob("previous*")) == ["previous-1", "previous-2"]
+    assert capsys.readouterr().out.count("its files are now in") == 2
+
+
+def test_what_a_killed_run_was_writing_is_removed(shapes, tmp_path):
+    left, other = tmp_path / ".last.abcd_123.pt", tmp_path / ".lastly.pt"
+    for path in (left, other):
+        path.touch()
+    run_train(config(shapes, tmp_path, "train.epochs=1"))
+    assert (left.exists(), other.exists()) == (False, True)
+
+
+def test_training_goes_on_with_the_classes_of_its_weights(shapes, tmp_path):
+    weights = run_train(config(shapes, tmp_path / "one", "train.epochs=1"))["weights"]
+    few = tmp_path / "few"
+    for split in ("train", "val"):
+        for name in ("cross", "square"):
+            shutil.copytree(shapes / split / name, few / split / name)
+    start = ("train.epochs=1", f"weights={weights}")
+    again = run_train(config(few, tmp_path / "two", *start))
+    assert read_weights(again["weights"])[1]["classes"] == ["circle", "cross", "square", "triangle"]
+    with pytest.raises(InputError, match="has 2 classes but num_classes=4"):
+        run_train(config(few, tmp_path / "three", *start, "ignore_head=true"))
+    anew = run_train(config(few, tmp_path / "three", *start, "ignore_head=true", "num_classes=2"))
+    assert read_weights(anew["weights"])[1]["classes"] == ["cross", "square"]
+
+
 def test_of_equal_epochs_the_first_is_the_best(shapes, tmp_path):
     settings = config(shapes, tmp_path)
     model = torch.nn.Linear(1, 1)
@@ -189,6 +239,7 @@ def test_logs_of_a_run(shapes, tmp_path):
     assert [event.step for event in events.Scalars("top1")] == [1, 2]
     assert events.Scalars("loss")[1].value == pytest.approx(rows[1]["loss"])
     assert "images_per_second" in events.Tags()["scalars"]
+    assert "epoch" not in events.Tags()["scalars"]
 
 
 def test_broken_images_stop_training_or_are_counted(shapes, tmp_path):
@@ -200,6 +251,26 @@ def test_broken_images_stop_training_or_are_counted(shapes, tmp_path):
         run_train(config(root, tmp_path / "stop", "train.epochs=1", "data.workers=1"))
     result = run_train(config(root, tmp_path / "skip", "train.epochs=1", "data.on_error=skip"))
     assert result["best"]["skipped"] == 1
+
+
+def test_one_process_of_one_is_alone(monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("TORCHELASTIC_RUN_ID", "x")):
+        monkeypatch.setenv(name, value)
+    with process_group(torch.device("cpu")) as device:
+        assert (device.type, torch.distributed.is_initialized()) == ("cpu", False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR"), process_group(torch.device("cpu")):
+        pass
+
+
+def test_a_device_gets_the_constants_once(monkeypatch):
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *args, **settings: made.append(settings) or tensor(*args, **settings))
+    pixels, spec = torch.zeros(1, 2, 2, 3, dtype=torch.uint8, device="meta"), ClassifierPreprocess(resize=33, crop=32)
+    for _ in range(3):
+        assert normalize(pixels, spec).shape == (1, 3, 2, 2)
+    assert len(made) == 2  # mean and deviation: each a copy that a GPU is waited for
 
 
 def batches(count: int, size: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:

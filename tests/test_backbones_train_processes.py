@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,12 @@ CONFIG = ROOT / "configs" / "quickstart" / "classifier.yaml"
 
 # Each process's work: a run with frozen BatchNorm, a whole run with everything, and one that is cut and resumed.
 DRIVER = """
-import contextlib, sys
+import sys
 import torch
 from backbones import engine, train
 from backbones.config import ClassifierConfig, load_config
 from backbones.distributed import process_group
 
-group = process_group(torch.device("cpu"))
-group.__enter__()  # a process joins once in its life
-train.process_group = contextlib.nullcontext
 path, output, *overrides = sys.argv[1:]
 frozen, everything = overrides[:overrides.index("--")], overrides[overrides.index("--") + 1:]
 
@@ -41,10 +39,6 @@ class Cut(Exception):
     pass
 
 create_model, step, steps = train.create_model, engine._step, []
-train.create_model = lambda *args, **settings: create_model(*args, **settings | {"batchnorm": "frozen"})
-run("frozen", *frozen)
-train.create_model = create_model
-run("whole", *everything)
 
 def cut(*args):
     steps.append(1)
@@ -52,14 +46,18 @@ def cut(*args):
         raise Cut
     step(*args)
 
-engine._step = cut
-try:
-    run("cut", *everything)
-    raise SystemExit("was not cut")
-except Cut:
-    engine._step = step
-run("cut", *everything, "resume=true")
-group.__exit__(None, None, None)
+with process_group(torch.device("cpu")):
+    train.create_model = lambda *args, **settings: create_model(*args, **settings | {"batchnorm": "frozen"})
+    run("frozen", *frozen)
+    train.create_model = create_model
+    run("whole", *everything)
+    engine._step = cut
+    try:
+        run("cut", *everything)
+        raise SystemExit("was not cut")
+    except Cut:
+        engine._step = step
+    run("cut", *everything, "resume=true")
 """
 
 
@@ -110,6 +108,43 @@ def test_two_processes_are_one_with_double_the_batch(frozen, runs, tmp_path, mon
 def test_two_processes_resume_exactly(runs):
     for name in ("last.safetensors", "best.safetensors", "history.json"):
         assert sha256(runs / "cut" / name) == sha256(runs / "whole" / name)
+
+
+# Each process's work: what it hears of the others, and a run whose folder cannot be made.
+SMALL = """
+import sys
+import torch
+from backbones.checkpoint import Run
+from backbones.config import ClassifierConfig, load_config
+from backbones.distributed import gather, process_group, rank
+from backbones.errors import InputError
+
+with process_group(torch.device("cpu")):
+    print(gather(rank()))
+    model = torch.nn.Linear(1, 1)
+    try:
+        config = load_config(ClassifierConfig, sys.argv[1], [f"output={sys.argv[2]}"])
+        Run(config, model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", enabled=False), "top1", {})
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_any_launcher_makes_a_group_and_a_mistake_is_everybodys(tmp_path):
+    (tmp_path / "file").touch()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SMALL, str(CONFIG), str(tmp_path / "file" / "run")]
+    processes = [
+        subprocess.Popen(command, env=os.environ | variables | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        ranks, problem = process.communicate(timeout=100)[0].splitlines()
+        assert ranks == "[0, 1]"
+        assert "choose another place" in problem
 
 
 def test_one_process_speaks(runs):

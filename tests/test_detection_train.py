@@ -59,6 +59,25 @@ def test_interrupted_training_ends_like_an_undisturbed_one(shapes, tmp_path):
     assert {row["category_id"] for row in detections} <= {1, 3, 5, 7}
 
 
+def test_many_processes_are_refused(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for run in (run_train, run_eval):
+        with pytest.raises(InputError, match="in one process alone, not in 4: leave torchrun out"):
+            run(load_config(DetectorConfig, CONFIG, overrides(shapes, tmp_path)))
+
+
+def test_a_resumed_run_has_the_annotations_it_began_with(shapes, tmp_path):
+    few = [*overrides(shapes, tmp_path / "run"), "train.epochs=1"]
+    run_train(load_config(DetectorConfig, CONFIG, few))
+    annotations = json.loads((shapes / "train.json").read_text())
+    annotations["annotations"].pop()
+    (tmp_path / "other.json").write_text(json.dumps(annotations))
+    other = [*few, "resume=true", f"data.train_annotations={tmp_path / 'other.json'}"]
+    with pytest.raises(InputError, match="of a run with annotations_sha256="):
+        run_train(load_config(DetectorConfig, CONFIG, other))
+
+
 @pytest.mark.parametrize("family", ["fasterrcnn", "retinanet"])
 def test_every_family_trains(shapes, tmp_path, family):
     few = [*overrides(shapes, tmp_path), f"model={family}_cspresnet10_fpn", "train.epochs=1"]

@@ -132,6 +132,8 @@ def test_commands(line, capsys):
         (["model=cspresnext10"], "the config's model is cspresnext10, the artefact's is cspresnet10"),
         (["preprocess.crop=30"], "the config's preprocess is resize 40 bicubic, centre crop 30, the artefact's is"),
         (["data.root=/nowhere"], "data.root=/nowhere is no folder"),
+        (["data.on_error=skip"], "data.on_error=skip and data.real_labels are for checkpoints"),
+        (["data.real_labels=real.json"], "data.on_error=skip and data.real_labels are for checkpoints"),
         (["data.decoder=opencv"], "the config's data.decoder is opencv, the artefact's is pillow"),
     ],
 )
