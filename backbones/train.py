@@ -112,7 +112,8 @@ def _data(
     data = config.data
     trained_on = read_metadata(weights).get("classes") if weights and not config.ignore_head else None
     samples, classes = list_samples(data, data.train_split, config.num_classes, trained_on)
-    held_out, val_classes = list_samples(data, data.split, config.num_classes, trained_on)
+    known = classes if data.ground_truth else trained_on  # flat images name no classes
+    held_out, val_classes = list_samples(data, data.split, config.num_classes, known)
     if data.batch_size == 1:
         raise InputError("data.batch_size=1: BatchNorm cannot train on one image; give at least 2")
     if {sample.name for sample in samples} & {sample.name for sample in held_out}:
