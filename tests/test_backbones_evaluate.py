@@ -305,7 +305,7 @@ with process_group(torch.device("cpu")):
         try:
             main(["eval", *words])
         except SystemExit as stop:
-            print("left with", stop.code, flush=True)
+            os.write(1, f"left with {stop.code}\\n".encode())  # at once, for the two print side by side
 """
 
 
@@ -343,7 +343,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path):
     np.testing.assert_allclose(*confidences, atol=1e-5)
 
     # One process met the broken image, one has no data; both stop, and say which it is.
-    assert done.stdout.count("left with 2") == 4
+    assert done.stdout.count("left with 2") == 4, (done.stdout, done.stderr)
     assert f"error: {broken}" in done.stderr
     assert done.stderr.count("error: data.root=mine is no folder") == 2
     assert not list((tmp_path / "stopped").iterdir())
