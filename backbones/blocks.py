@@ -117,35 +117,32 @@ class Bottleneck(Block):
 class DarkBlock(Block):
     """DarkNet's block: 1x1, 3x3, sum, no activation after it."""
 
+    kernels = (1, 3)
+
     def __init__(
         self, cin: int, cout: int, hidden: int, stride: int = 1, groups: int = 1, dilation: int = 1,
         act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0, first: int | None = None,
     ):  # fmt: skip
         super().__init__(cin, cout, stride, drop_path)
-        self.conv1 = ConvNormAct(cin, hidden, 1, act=act)
+
+        def conv(cin: int, cout: int, kernel: int) -> ConvNormAct:
+            if kernel == 1:
+                return ConvNormAct(cin, cout, 1, act=act)
+            return ConvNormAct(cin, cout, kernel, stride, groups, first or dilation, act)
+
+        self.conv1 = conv(cin, hidden, self.kernels[0])
         self.attn = attention(hidden, se, act)
-        self.conv2 = ConvNormAct(hidden, cout, 3, stride, groups, first or dilation, act)
+        self.conv2 = conv(hidden, cout, self.kernels[1])
         nn.init.zeros_(self.conv2.bn.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.add(self.conv2(self.attn(self.conv1(x))), x)
 
 
-class EdgeBlock(Block):
+class EdgeBlock(DarkBlock):
     """Fused inverted bottleneck: 3x3, 1x1, sum, no activation after it."""
 
-    def __init__(
-        self, cin: int, cout: int, hidden: int, stride: int = 1, groups: int = 1, dilation: int = 1,
-        act: Activation = leaky_relu, se: float | None = None, drop_path: float = 0.0, first: int | None = None,
-    ):  # fmt: skip
-        super().__init__(cin, cout, stride, drop_path)
-        self.conv1 = ConvNormAct(cin, hidden, 3, stride, groups, first or dilation, act)
-        self.attn = attention(hidden, se, act)
-        self.conv2 = ConvNormAct(hidden, cout, 1, act=act)
-        nn.init.zeros_(self.conv2.bn.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.add(self.conv2(self.attn(self.conv1(x))), x)
+    kernels = (3, 1)
 
 
 def run_blocks(blocks: nn.Sequential, x: Tensor, checkpointing: bool) -> Tensor:

@@ -15,7 +15,7 @@ from backbones.cspnet import get_variant
 from backbones.distributed import everywhere, gather, is_main, on_main, world_size
 from backbones.errors import InputError
 from backbones.evaluate import describe, find_weights, headline, random_seed, run_eval, summary
-from backbones.files import check_writable, sha256, write_aside
+from backbones.files import check_writable, sha256, write_csv
 from backbones.published import RELEASES
 
 # What makes two evaluations the same one; `seed` is that of random weights.
@@ -103,10 +103,7 @@ def read_rows(path: Path) -> list[Row]:
 def append_row(path: Path, row: Row) -> None:
     """Add a row; the file has it wholly or not at all."""
     rows = [*read_rows(path), row]
-    with write_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, COLUMNS, ([row[column] for column in COLUMNS] for row in rows))
 
 
 def _key(row: Row) -> tuple[str, ...]:

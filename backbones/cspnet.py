@@ -71,7 +71,6 @@ class CSPNet(nn.Module):
             )
         self.name, self.variant, self.num_classes = name, variant, num_classes
         self.levels = tuple(level for level in LEVELS if level in levels)
-        self.frozen = frozen
 
         self.stem = variant.build_stem()
         self.stages = nn.Sequential()

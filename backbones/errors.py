@@ -30,7 +30,8 @@ def exit_on_input_error() -> Iterator[None]:
     except InputError as error:
         # A data loader's worker wraps the message in its traceback; the message is the last line.
         message = str(error).strip().splitlines()[-1]
-        print("error:", re.sub(r"^[\w.]+Error: ", "", message), file=sys.stderr)
+        line = "error: " + re.sub(r"^[\w.]+Error: ", "", message) + "\n"
+        sys.stderr.write(line)  # in one piece: the processes of one run share it
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

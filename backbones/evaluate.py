@@ -15,10 +15,9 @@ from backbones.distributed import everywhere, on_main, world_size
 from backbones.engine import Predictions, predict
 from backbones.files import check_writable, sha256, versions, write_json
 from backbones.imagenet import ImageNet, list_samples
-from backbones.metrics import Accuracy, Calibration, calibrate, confidence, rank, real_accuracy
+from backbones.metrics import Accuracy, Calibration, Outcomes, calibrate, confidence, rank, real_accuracy
 from backbones.preprocess import ClassifierPreprocess
 from backbones.published import RELEASES
-from backbones.report import Outcomes, write_report
 from backbones.weights import read_metadata, resolve
 
 VERSIONS = ("torch", "torchvision", "pillow", "numpy")
@@ -71,6 +70,8 @@ def run_eval(config: ClassifierConfig, device: torch.device | None = None) -> di
     }
 
     def write() -> None:
+        from backbones.report import write_report  # and matplotlib, which training and the other processes do without
+
         path = Path(config.output) / "eval.json"
         path.unlink(missing_ok=True)  # it comes last, so that a report with it is whole
         write_report(config.output, outcomes, figures["per_class"], calibration, lambda i: dataset[i][0].numpy())

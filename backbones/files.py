@@ -1,13 +1,14 @@
 """Files that are whole or not there, and their hashes; no torch here."""
 
 import contextlib
+import csv
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -85,6 +86,14 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all."""
     with write_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, whole or not at all."""
+    with write_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def read_json(path: str | Path) -> Any:

@@ -121,3 +121,24 @@ def calibrate(confidences: Floats, right: npt.NDArray[np.bool_], bins: int = 15)
     some = np.maximum(images, 1)
     sums = np.bincount(index, confidences.astype(np.float64), bins), np.bincount(index, right.astype(np.float64), bins)
     return Calibration(images, sums[0] / some, sums[1] / some)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each image.
+
+    Attributes:
+        files: their names, [M].
+        indices: int64 [M], positions in the data set.
+        targets: int64 [M].
+        ranked: int64 [M, min(5, C)], the best classes, best first.
+        confidence: float32 [M], the softmax of the best.
+        classes: the names of all classes that the network has, [C].
+    """
+
+    files: Sequence[str]
+    indices: Ints
+    targets: Ints
+    ranked: Ints
+    confidence: npt.NDArray[np.float32]
+    classes: Sequence[str]

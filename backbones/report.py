@@ -3,9 +3,7 @@
 The same outcomes draw the same bytes, whatever the user's matplotlib settings. Shapes: M images, C classes.
 """
 
-import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +13,14 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from backbones.files import write_aside
-from backbones.metrics import Calibration
+from backbones.files import write_aside, write_csv
+from backbones.metrics import Calibration, Outcomes
 from backbones.preprocess import Pixels
 
 MATRIX = 50  # classes that a readable confusion matrix holds
 NUMBERS = 20  # classes whose cells have room for a number
 PAIRS = 30  # of the most confused classes, where there are more
 SHEET, TILE, LINE = 6, 176, 14  # tiles a side; pixels of a tile's image and of a line under it
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What became of each image.
-
-    Attributes:
-        files: their names, [M].
-        indices: int64 [M], positions in the data set.
-        targets: int64 [M].
-        ranked: int64 [M, min(5, C)], the best classes, best first.
-        confidence: float32 [M], the softmax of the best.
-        classes: the names of all classes that the network has, [C].
-    """
-
-    files: Sequence[str]
-    indices: npt.NDArray[np.int64]
-    targets: npt.NDArray[np.int64]
-    ranked: npt.NDArray[np.int64]
-    confidence: npt.NDArray[np.float32]
-    classes: Sequence[str]
 
 
 def write_report(
@@ -57,9 +34,9 @@ def write_report(
     folder = Path(folder)
     keys = ("images", "top1", "top5")
     rows = ([name, *(figures[key] for key in keys)] for name, figures in per_class.items())
-    _write_csv(folder / "per_class.csv", ["class", *keys], rows)
+    write_csv(folder / "per_class.csv", ["class", *keys], rows)
     best = [f"predicted_{place}" for place in range(1, outcomes.ranked.shape[1] + 1)]
-    _write_csv(folder / "predictions.csv", ["file", "target", *best, "confidence"], _rows(outcomes))
+    write_csv(folder / "predictions.csv", ["file", "target", *best, "confidence"], _rows(outcomes))
     with matplotlib.style.context(["default", {"text.parse_math": False}]):  # a class may be called $
         _save(folder / "confusion.png", confusion(outcomes))
         _save(folder / "reliability.png", reliability(calibration))
@@ -72,13 +49,6 @@ def _rows(outcomes: Outcomes) -> Iterator[list[Any]]:
     columns = (outcomes.files, outcomes.targets, outcomes.ranked, outcomes.confidence)
     for file, target, ranked, confidence in zip(*columns, strict=True):
         yield [file, names[target], *(names[index] for index in ranked), f"{confidence:.6f}"]
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with write_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _save(path: Path, figure: Figure) -> None:

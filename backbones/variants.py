@@ -132,13 +132,13 @@ _PLAIN_RESNET = Variant(
     strided_blocks=True,
     fusion=None,
 )
-_RESNET = Variant(
-    block=Bottleneck,
-    stem=Stem((64,), kernel=7, stride=4, pool=3),
+_RESNET = replace(
+    _PLAIN_RESNET,
     depths=(3, 3, 5, 2),
     channels=(128, 256, 512, 1024),
-    strides=(1, 2, 2, 2),
     bottleneck=0.5,
+    strided_blocks=False,
+    fusion="both",
     expand=2.0,
     linear_expand=True,
     plain=_PLAIN_RESNET,
@@ -186,28 +186,18 @@ _PAPER_RESNET = _darknet_style(
 )  # fmt: skip
 
 
+_PLAIN_RESNET10 = replace(
+    _darknet_style(_PLAIN_RESNET), block=BasicBlock, depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), bottleneck=1.0
+)
 # The authors published no config of CSPResNet-10: this one is ours, with ResNet-10's maps and the published cost.
-_PAPER_RESNET10 = Variant(
-    block=BasicBlock,
-    stem=Stem((64,), kernel=7, stride=4, pool=2),
-    depths=(1, 1, 1, 1),
-    channels=(64, 128, 256, 512),
-    strides=(1, 2, 2, 2),
+_PAPER_RESNET10 = replace(
+    _PLAIN_RESNET10,
     bottleneck=(2 / 3, 1.0, 1.0, 1.0),
     block_ratio=(1.5, 0.375, 0.375, 0.375),
+    strided_blocks=False,
+    fusion="both",
     expand=(2.0, 0.75, 0.75, 0.75),
-    act=leaky_relu_darknet,
-    plain=Variant(
-        block=BasicBlock,
-        stem=Stem((64,), kernel=7, stride=4, pool=2),
-        depths=(1, 1, 1, 1),
-        channels=(64, 128, 256, 512),
-        strides=(1, 2, 2, 2),
-        bottleneck=1.0,
-        act=leaky_relu_darknet,
-        strided_blocks=True,
-        fusion=None,
-    ),
+    plain=_PLAIN_RESNET10,
 )
 
 
@@ -256,11 +246,9 @@ VARIANTS: dict[str, Variant | DenseVariant] = {
     "cs3darknet_focus_x": _cs3(1.25, 1.33, focus=True),
     "cs3sedarknet_l": _cs3(se=1 / 4),
     "cs3sedarknet_x": _cs3(1.25, 1.33, se=1 / 16),
-    "cs3sedarknet_xdw": _with_plain(
-        replace(
-            _cs3(se=1 / 16), block=Bottleneck, depths=(3, 6, 12, 4), channels=(256, 512, 1024, 2048),
-            bottleneck=0.5, groups=(1, 1, 256, 512), fusion="both",
-        )
+    "cs3sedarknet_xdw": _cs3(
+        se=1 / 16, block=Bottleneck, depths=(3, 6, 12, 4), channels=(256, 512, 1024, 2048), bottleneck=0.5,
+        groups=(1, 1, 256, 512), fusion="both",
     ),
     "cs3edgenet_x": _cs3(1.25, 1.33, block=EdgeBlock, bottleneck=1.5),
     "cs3se_edgenet_x": _cs3(1.25, 1.33, block=EdgeBlock, bottleneck=1.5, se=1 / 4),
@@ -284,8 +272,7 @@ VARIANTS: dict[str, Variant | DenseVariant] = {
     "cspresnext10": _with_plain(
         replace(_RESNEXT, stem=Stem((32,), 7, 4, pool=3), depths=(1, 1, 1, 1), channels=(64, 128, 256, 512), groups=8)
     ),
-    "cspdarknet10": replace(
-        _CSPDARKNET, stem=Stem((16,), 3, 1), depths=(1, 1, 1, 1, 1), channels=(32, 64, 128, 256, 512),
-        plain=replace(_DARKNET, stem=Stem((16,), 3, 1), depths=(1, 1, 1, 1, 1), channels=(32, 64, 128, 256, 512)),
+    "cspdarknet10": _with_plain(
+        replace(_CSPDARKNET, stem=Stem((16,), 3, 1), depths=(1, 1, 1, 1, 1), channels=(32, 64, 128, 256, 512))
     ),
 }  # fmt: skip
