@@ -30,23 +30,39 @@ class ImageData(Section):
     workers: int = Field(default=2, ge=0)
 
 
-class ClassifierTraining(Section):
-    """A recipe. `lr` is for `lr_batch` images a step, if that is given, and scaled to the batch that is used."""
+class Recipe(Section):
+    """How a network is optimised. `lr` is for `lr_batch` images a step, if that is given, and scaled to the batch that
+    is used.
+    """
 
     epochs: int = Field(default=90, ge=1)
     optimizer: Literal[OptimizerName, "lamb", "rmsprop"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
     lr_batch: int | None = Field(default=None, ge=1)
-    schedule: Literal["cosine", "poly", "step"] = "cosine"  # after a linear warm-up; the first two down to 0
+    schedule: Literal["cosine", "poly", "step", "multistep"] = "cosine"  # after a linear warm-up; the first two to 0
     poly_power: float = Field(default=4.0, gt=0)
-    decay_rate: float = Field(default=0.97, gt=0, le=1)  # of `step`: what the rate is multiplied by every
-    decay_epochs: float = Field(default=2.4, gt=0)  # so many epochs, counted from the first
+    decay_rate: float = Field(default=0.97, gt=0, le=1)  # of the steps: what the rate is multiplied by every
+    decay_epochs: float = Field(default=2.4, gt=0)  # so many epochs, counted from the first (`step`), or
+    milestones: tuple[float, ...] = ()  # after these epochs (`multistep`)
     warmup_epochs: float = Field(default=1.0, ge=0)  # of a single epoch, at most half
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=1e-4, ge=0)
     clip_grad_norm: float | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, ge=1)  # batches a step
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay of the averaged weights, which are then evaluated
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _shorter_than_the_run(cls, value: float, info: ValidationInfo) -> float:
+        epochs = info.data.get("epochs", 1)
+        if value >= epochs > 1:
+            raise ValueError(f"the warm-up fills train.epochs={epochs}: shorten it, or train for longer")
+        return value
+
+
+class ClassifierTraining(Recipe):
+    """A recipe, and what is done to the images."""
+
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     mixup: float = Field(default=0.0, ge=0)  # alpha of the Beta distribution; 0 is off
@@ -57,14 +73,6 @@ class ClassifierTraining(Section):
     color_jitter: float = Field(default=0.2, ge=0, le=1)
     randaugment: int = Field(default=0, ge=0, le=10)  # magnitude; 0 is off
     random_erasing: float = Field(default=0.0, ge=0, le=1)  # probability
-
-    @field_validator("warmup_epochs")
-    @classmethod
-    def _shorter_than_the_run(cls, value: float, info: ValidationInfo) -> float:
-        epochs = info.data.get("epochs", 1)
-        if value >= epochs > 1:
-            raise ValueError(f"the warm-up fills train.epochs={epochs}: shorten it, or train for longer")
-        return value
 
 
 class ClassifierConfig(Section):
