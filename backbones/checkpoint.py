@@ -17,7 +17,7 @@ from backbones.errors import InputError
 from backbones.files import check_writable, remove_leftovers, write_aside, write_json
 from backbones.weights import save_weights
 
-# What a run writes, but TensorBoard's log.
+# What a run writes, but TensorBoard's log and a detector's diverged batches.
 FILES = ("best.safetensors", "last.safetensors", "history.json", "history.csv", "last.pt")
 # What may differ between a run and its resumption.
 PLACES = {"root", "ground_truth", "real_labels", "train_images", "train_annotations", "images", "annotations"}
@@ -153,7 +153,8 @@ def _clear(output: Path, resume: bool) -> None:
     numbers = itertools.count(1)
     place = next(place for place in (output / f"previous-{number}" for number in numbers) if not place.exists())
     place.mkdir()
-    for name in ("tensorboard", *FILES):  # last.pt, by which a run is known, is the last
+    diverged = sorted(path.name for path in output.glob("diverged*"))
+    for name in ("tensorboard", *diverged, *FILES):  # last.pt, by which a run is known, is the last
         if (output / name).exists():
             (output / name).rename(place / name)
     print(f"{output} held another run without resume=true: its files are now in {place}", flush=True)

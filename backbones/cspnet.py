@@ -7,10 +7,11 @@ join that the paper is about, `blocks.py` what lies between them, `dense.py` the
 Shapes: N images, C channels, H x W pixels; a map cK has stride 2^K, unless `output_stride` keeps it larger.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -20,11 +21,12 @@ from backbones.errors import InputError, unknown
 from backbones.published import ALIASES, PLAIN
 from backbones.stages import Resolution
 from backbones.variants import VARIANTS, Variant
-from backbones.weights import load_weights
+from backbones.weights import load_weights, read_weights, resolve
 
 LEVELS = ("c1", "c2", "c3", "c4", "c5")
 
-BatchNorm = Literal["batch", "frozen", "sync"]
+BatchNorm = Literal["batch", "frozen", "sync", "group"]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class Head(nn.Module):
@@ -50,7 +52,8 @@ class CSPNet(nn.Module):
         levels: the maps that `forward_features` gives, some of c1...c5.
         output_stride: 8, 16 or 32; from there on convolutions are dilated instead of strided.
         drop_path: rate of the last block; the others' rise to it linearly (Huang et al., arXiv 1603.09382).
-        frozen: keep everything up to this level, such as c2, as it is: no gradients, BatchNorm in evaluation mode.
+        frozen: keep everything up to this level, such as c2, or the `stem`, as it is: no gradients, BatchNorm in
+            evaluation mode.
         checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
 
     Raises:
@@ -62,7 +65,7 @@ class CSPNet(nn.Module):
         output_stride: int = 32, drop_path: float = 0.0, frozen: str | None = None, checkpointing: bool = False,
     ):  # fmt: skip
         super().__init__()
-        for level in (*levels, *filter(None, [frozen])):
+        for level in (*levels, *({frozen} - {None, "stem"})):
             if level not in LEVELS:
                 raise unknown("feature level", level, LEVELS)
         if output_stride not in (8, 16, 32) or not levels:
@@ -90,12 +93,12 @@ class CSPNet(nn.Module):
             self.stages.append(variant.build_stage(i, cin, at, list(islice(rates, variant.depths[i]))))
             cin = cout
             taps[f"c{nominal.bit_length() - 1}"] = (len(self.stem) + i, cout, stride)
-        if frozen and frozen not in taps:
+        if frozen not in (None, "stem", *taps):
             raise InputError(
                 f"frozen={frozen} is above the highest of the levels {list(self.levels)}: give one of these"
             )
         self._taps = {level: taps[level][0] for level in self.levels}
-        self._frozen_until = taps[frozen][0] + 1 if frozen else 0
+        self._frozen_until = len(self.stem) if frozen == "stem" else taps[frozen][0] + 1 if frozen else 0
         self.channels = {level: taps[level][1] for level in self.levels}
         self.strides = {level: taps[level][2] for level in self.levels}
         self.head = Head(cin, num_classes)
@@ -190,7 +193,8 @@ def create_model(
         ignore_head: leave the weights' classifier out.
         plain: the twin without cross-stage paths, from the same blocks.
         batchnorm: `frozen` for torchvision's FrozenBatchNorm2d, which belongs over pretrained weights: over fresh
-            ones it keeps every residual block at nothing; `sync` for statistics over all processes.
+            ones it keeps every residual block at nothing; `sync` for statistics over all processes; `group` for
+            GroupNorm, which looks at one image alone.
 
     Raises:
         InputError: unknown name or option, or weights that do not fit.
@@ -202,21 +206,48 @@ def create_model(
         name, variant, num_classes, levels=levels, output_stride=output_stride, drop_path=drop_path, frozen=frozen,
         checkpointing=checkpointing,
     )  # fmt: skip
+    if batchnorm == "group":  # before loading: its weights have no statistics
+        model = convert_batchnorm(model, batchnorm)
     if weights is not None:
+        if batchnorm == "group":
+            refuse_statistics(read_weights(resolve(weights, name))[0], weights)
         load_weights(model, weights, ignore_head=ignore_head)
-    if batchnorm == "frozen":
-        freeze_batchnorm(model)
-    elif batchnorm == "sync":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+    return convert_batchnorm(model, batchnorm)
 
 
-def freeze_batchnorm(module: nn.Module) -> None:
-    """Replace every BatchNorm2d below `module` by torchvision's FrozenBatchNorm2d with the same numbers."""
-    for name, child in module.named_children():
+def refuse_statistics(state: Mapping[str, Tensor], source: object) -> None:
+    """That GroupNorm is not given a network that learnt with BatchNorm.
+
+    Raises:
+        InputError: the weights hold statistics of BatchNorm.
+    """
+    if any(key.endswith(".running_mean") for key in state):
+        raise InputError(
+            f"{source} was trained with BatchNorm, whose statistics GroupNorm has no place for: give norm=frozen or "
+            "norm=batch, or leave these weights out"
+        )
+
+
+def convert_batchnorm(network: Network, batchnorm: BatchNorm) -> Network:
+    """Replace every BatchNorm2d below `network` by what `create_model` describes, with the same numbers."""
+    if batchnorm == "sync":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for name, child in network.named_children() if batchnorm != "batch" else ():
         if isinstance(child, nn.BatchNorm2d):
-            frozen = FrozenBatchNorm2d(child.num_features, eps=child.eps)
-            frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
+            setattr(network, name, _frozen(child) if batchnorm == "frozen" else _grouped(child))
         else:
-            freeze_batchnorm(child)
+            convert_batchnorm(child, batchnorm)
+    return network
+
+
+def _frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm2d:
+    frozen = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
+    frozen.load_state_dict(norm.state_dict())
+    return frozen
+
+
+def _grouped(norm: nn.BatchNorm2d) -> nn.GroupNorm:
+    """32 groups as in its paper (Wu and He, arXiv 1803.08494), or as many as divide the channels alike."""
+    group = nn.GroupNorm(math.gcd(32, norm.num_features), norm.num_features, eps=norm.eps)
+    group.weight, group.bias = norm.weight, norm.bias  # and whether they learn
+    return group.train(norm.training)

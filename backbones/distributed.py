@@ -1,6 +1,4 @@
-"""One process or many under torchrun: who am I, what does everybody have. Classifiers alone are trained and evaluated
-by many; a detector's commands refuse it.
-"""
+"""One process or many under torchrun: who am I, what does everybody have."""
 
 import contextlib
 import os

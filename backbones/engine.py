@@ -4,7 +4,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from backbones.distributed import everywhere, gather, is_main, rank, world_size
@@ -22,8 +20,10 @@ from backbones.imagenet import ImageNet, create_loader
 from backbones.memory import in_parts
 from backbones.metrics import Accuracy
 from backbones.metrics import rank as rank_classes
+from backbones.optim import take_step
 from backbones.preprocess import ClassifierPreprocess
 from backbones.progress import progress
+from backbones.replica import no_sync, unwrap
 
 
 def normalize(pixels: Tensor, preprocess: ClassifierPreprocess) -> Tensor:
@@ -95,7 +95,7 @@ def train_one_epoch(
         images = normalize(to_device(pixels, device), preprocess)
         images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         mixed, wanted = mix(images, labels) if mix else (images, labels)
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not whole else nullcontext():
+        with no_sync(model, apart=not whole):
             with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
                 logits = model(mixed)
                 loss = F.cross_entropy(logits, wanted, label_smoothing=label_smoothing)
@@ -106,7 +106,7 @@ def train_one_epoch(
             continue
         if (step + 1) % look == 0 or step + 1 == len(lrs):
             _show(bar, totals, lrs[step], start, f"{title}: the loss is {{}} at step {step}")
-        _step(model, optimizer, scaler, lrs[step], clip_grad_norm)
+        take_step(model, optimizer, scaler, lrs[step], clip_grad_norm)
         if ema is not None:
             ema.update_parameters(unwrap(model))
     loss_sum, hits, seen = (sum(column) for column in zip(*gather(totals.tolist()), strict=True))
@@ -121,24 +121,6 @@ def _show(bar: Any, totals: Tensor, lr: float, start: float, broken: str) -> Non
         raise InputError(broken.format(loss_sum) + ": lower train.lr or lengthen the warm-up")
     speed = seen * world_size() / (time.monotonic() - start)
     bar.set_postfix(loss=f"{loss_sum / seen:.3f}", lr=f"{lr:.2g}", images_s=f"{speed:.0f}", refresh=False)
-
-
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float, clip: float | None
-) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if clip is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model in DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What to do when a batch does not fit into memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ MESSAGES = (
 )
 
 
-def in_parts(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> tuple[list[Tensor], int]:
+T = TypeVar("T")
+
+
+def in_parts(forward: Callable[[Any], T], batch: Tensor | Sequence[Any], size: int) -> tuple[list[T], int]:
     """`forward` of a batch in parts of `size` rows, or of half as many, again and again, until memory holds them.
 
     Returns what `forward` gave, in order, and the size that fitted.
@@ -25,7 +29,7 @@ def in_parts(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> t
     Raises:
         InputError: memory does not hold a single row.
     """
-    parts: list[Tensor] = []
+    parts: list[T] = []
     start = 0
     while start < len(batch):
         part = batch[start : start + size]
@@ -41,7 +45,7 @@ def in_parts(forward: Callable[[Tensor], Tensor], batch: Tensor, size: int) -> t
         # Out of the handler: the error keeps alive what is to be freed.
         if len(part) == 1:
             raise InputError(
-                f"memory does not hold one image ({reason}): give device=cpu, amp=true or a smaller preprocess.crop"
+                f"memory does not hold one image ({reason}): give device=cpu, amp=true or smaller images (preprocess)"
             )
         size = len(part) // 2
         torch.cuda.empty_cache()

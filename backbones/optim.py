@@ -1,6 +1,7 @@
 """The optimizers of both packages' training and how their learning rate goes over a run."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -51,6 +52,20 @@ def _timms(name: str, groups: list[dict[str, object]], lr: float, momentum: floa
     return Lamb(groups, lr=lr, betas=(momentum, 0.999), max_grad_norm=None)
 
 
+def take_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, lr: float, clip: float | None
+) -> None:
+    """One step by the model's gradients, first clipped to the norm `clip` if one is given; they are gone after it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if clip is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
 def warmup_cosine(step: int, steps: int, warmup: int) -> float:
     """Share of the full learning rate at a step: a linear rise, then half a cosine down to 0."""
     if step < warmup:
@@ -76,6 +91,14 @@ def warmup_step(step: int, warmup: int, every: int, rate: float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return rate ** (step // max(1, every))
+
+
+def warmup_multistep(step: int, warmup: int, milestones: Sequence[int], rate: float) -> float:
+    """Share of the full learning rate at a step: a linear rise, times `rate` for each milestone that is over, counted
+    from the first step.
+    """
+    rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
+    return rise * rate ** sum(step >= milestone for milestone in milestones)
 
 
 def _progress(step: int, steps: int, warmup: int) -> float:

@@ -189,7 +189,7 @@ def classifier_pixels(image: Image.Image, spec: ClassifierPreprocess) -> Pixels:
     size = (spec.resize * w // short, spec.resize * h // short)
     if size[0] * size[1] > MAX_PIXELS:
         raise ImageError(f"image of {w}x{h} pixels is too long and thin to resize: crop it first")
-    resized = image.resize(size, _filter(spec.interpolation))
+    resized = image.resize(size, resampling(spec.interpolation))
     left = round((size[0] - spec.crop) / 2)
     top = round((size[1] - spec.crop) / 2)
     return np.asarray(resized.crop((left, top, left + spec.crop, top + spec.crop)))
@@ -199,7 +199,7 @@ def detector_pixels(image: Image.Image, spec: DetectorPreprocess) -> Fitted:
     """An upright RGB picture resized for a detector."""
     w, h = image.size
     size = fitted_size(h, w, spec)
-    resized = image.resize((size[1], size[0]), _filter(spec.interpolation))
+    resized = image.resize((size[1], size[0]), resampling(spec.interpolation))
     return Fitted(np.asarray(resized), original=(h, w))
 
 
@@ -228,5 +228,6 @@ def stack(images: Sequence[Pixels], divisor: int) -> tuple[Pixels, npt.NDArray[n
     return batch, np.array([image.shape[:2] for image in images], dtype=np.int64)
 
 
-def _filter(interpolation: Interpolation) -> Image.Resampling:
+def resampling(interpolation: Interpolation) -> Image.Resampling:
+    """Pillow's filter of that name."""
     return Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.errors import InputError
@@ -42,26 +41,33 @@ def profile(model: str, size: int) -> Profile:
     Raises:
         InputError: no such model.
     """
-    network, image = _on_meta(model, size)
-    norms = activations = 0
+    return _count(_on_meta(model), size)
 
+
+@torch.no_grad()
+def _count(network: CSPNet, size: int) -> Profile:
+    macs = norms = activations = 0
+
+    # By hooks, though torch counts too: its FlopCounterMode looks at each operation, and takes twice the time.
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
-        nonlocal norms, activations
-        norms += output.numel() if isinstance(module, nn.BatchNorm2d) else 0
-        activations += output.numel() if isinstance(module, nn.Conv2d | nn.Linear) else 0
+        nonlocal macs, norms, activations
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            macs += output.numel() * module.weight[0].numel()
+            activations += output.numel()
+        elif isinstance(module, nn.BatchNorm2d):
+            norms += output.numel()
 
-    for module in network.modules():
-        module.register_forward_hook(count)
-    with FlopCounterMode(display=False) as flops:
-        network.eval()(image)
-    total = flops.get_total_flops()
+    handles = [module.register_forward_hook(count) for module in network.modules()]
+    network.eval()(torch.empty(1, 3, size, size, device="meta"))
+    for handle in handles:
+        handle.remove()
     params = sum(parameter.numel() for parameter in network.parameters())
-    return Profile(params / 1e6, (total // 2 + 2 * norms) / 1e9, total / 1e9, activations / 1e6)
+    return Profile(params / 1e6, (macs + 2 * norms) / 1e9, 2 * macs / 1e9, activations / 1e6)
 
 
-def _on_meta(model: str, size: int) -> tuple[CSPNet, Tensor]:
+def _on_meta(model: str) -> CSPNet:
     with torch.device("meta"):
-        return create_model(model), torch.empty(1, 3, size, size)
+        return create_model(model)
 
 
 def training_mib(model: str, size: int, batch_size: int, device: torch.device) -> float:
@@ -82,7 +88,7 @@ def training_mib(model: str, size: int, batch_size: int, device: torch.device) -
         torch.cuda.reset_peak_memory_stats(device)
         network(torch.randn(batch_size, 3, size, size, device=device)).sum().backward()
         return torch.cuda.max_memory_allocated(device) / 2**20
-    network, image = _on_meta(model, size)
+    network, image = _on_meta(model), torch.empty(1, 3, size, size, device="meta")
     weights = sum(parameter.nbytes for parameter in network.parameters())
     return (2 * weights + batch_size * _kept(network, image)) / 2**20
 
@@ -204,7 +210,8 @@ def table() -> str:
     head = ("model", "params M", "GMACs 224", "GMACs 256", "top-1", "top-5")
     lines = ["{:<24}{:>9}{:>11}{:>11}{:>9}{:>9}  published by: protocol".format(*head)]
     for name in VARIANTS:
-        small, large = profile(name, 224), profile(name, 256)
+        network = _on_meta(name)
+        small, large = _count(network, 224), _count(network, 256)
         cost = f"{name:<24}{small.params:>9.2f}{small.gmacs:>11.2f}{large.gmacs:>11.2f}"
         figures = RELEASES[name].figures if name in RELEASES else ()
         rows = [f"{p.top1:>9.3f}{p.top5:>9.3f}  {p.by}: {p.preprocess}" for p in figures]

@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones.augment import TrainAugment, sample_seed
 from backbones.board import tensorboard, write_epoch
@@ -28,6 +24,7 @@ from backbones.imagenet import ImageNet, create_loader, list_samples
 from backbones.mix import Mix
 from backbones.optim import create_optimizer
 from backbones.plan import Plan
+from backbones.replica import average, average_statistics, replicate
 from backbones.weights import read_metadata
 
 
@@ -54,7 +51,7 @@ def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
     plan = Plan(train, len(training_set), config.data.batch_size, config.seed)
     seed_everything(config.seed)
     model = _model(config, weights, device)
-    ema = None if train.ema is None else _average(model, train.ema)
+    ema = None if train.ema is None else average(model, train.ema)
     optimizer = create_optimizer(model, train.optimizer, plan.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
     labels = hashlib.sha256(training_set.targets.numpy().tobytes()).hexdigest()
@@ -64,7 +61,7 @@ def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
         print(f"{model.name} on {device.type}: {len(training_set)} images to train on, {len(held_out)} held out")
         print(plan.describe(), flush=True)
     torch.backends.cudnn.benchmark = True  # CUDA looks for the fastest kernels: all batches are of one shape
-    replica = _replicate(model, device)
+    replica = replicate(model, device)
     mix = Mix(train.mixup, train.cutmix, config.num_classes) if train.mixup or train.cutmix else None
     how: Any = {"amp": config.amp, "channels_last": config.channels_last}
 
@@ -79,7 +76,7 @@ def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
                 label_smoothing=train.label_smoothing, clip_grad_norm=train.clip_grad_norm,
                 title=f"epoch {epoch + 1}/{train.epochs}", **how,
             )  # fmt: skip
-            _average_statistics(model, ema)
+            average_statistics(model, ema)
             result = evaluate(
                 model if ema is None else ema.module, held_out, classes, batch_size=plan.batch,
                 workers=config.data.workers, **how,
@@ -137,30 +134,6 @@ def _model(config: ClassifierConfig, weights: Path | None, device: torch.device)
         drop_path=config.train.drop_path, batchnorm="sync" if sync else "batch",
     )  # fmt: skip
     return model.to(memory_format=torch.channels_last).to(device) if config.channels_last else model.to(device)
-
-
-def _average(model: nn.Module, decay: float) -> AveragedModel:
-    """A running average of the model's weights and BatchNorm's statistics; its first step copies them."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def _replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, under torchrun with gradients averaged over the processes."""
-    if world_size() == 1:
-        return model
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-
-
-def _average_statistics(*modules: nn.Module | None) -> None:
-    """Make BatchNorm's running statistics the processes' mean, since all evaluate: after a step each has its own."""
-    if world_size() == 1:
-        return
-    for module in filter(None, modules):
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world_size()
 
 
 def _report(entry: dict[str, float], epochs: int, speed: float) -> None:

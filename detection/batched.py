@@ -27,6 +27,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.ops import roi_align
 
+from backbones.errors import InputError
 from detection.onnx_ops import REJECTED, nms_keep, topk_padded
 
 # torchvision writes this one as a literal, in RoIHeads.postprocess_detections. Pixels.
@@ -42,7 +43,7 @@ class BatchedDetector(nn.Module):
     parameters need no gradients.
 
     Raises:
-        ValueError: for any other detector, among them Mask R-CNN and Keypoint R-CNN.
+        InputError: for any other detector, among them Mask R-CNN and Keypoint R-CNN.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,8 +57,9 @@ class BatchedDetector(nn.Module):
             self.heads = RegionHeads(model)
             self.detections_per_image = model.roi_heads.detections_per_img
         else:
-            raise ValueError(
-                f"cannot batch a {type(model).__name__}: supported are torchvision's RetinaNet, FCOS and FasterRCNN"
+            raise InputError(
+                f"cannot batch or export a {type(model).__name__}, which finds more than boxes or none: supported are "
+                "RetinaNet, FCOS and FasterRCNN"
             )
         self.normalize = Normalize(model.transform.image_mean, model.transform.image_std)
         self.backbone = model.backbone

@@ -1,27 +1,22 @@
-"""COCO-format data sets: read and cleaned once, then images with boxes for training or evaluation.
+"""COCO-format annotations, read and cleaned once; `images.py` loads the images.
 
 Category ids may be any integers, with gaps; label i is the i-th smallest id, from 1, and 0 the background.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from backbones.errors import InputError
 from backbones.files import read_json
-from backbones.preprocess import DetectorPreprocess, Fitted, decode, detector_pixels
-from detection.augment import DetectionAugment
+from detection.masks import Segmentation, is_usable
 
-Target = dict[str, Tensor]
 MIN_SIDE = 0.1  # pixels; a box thinner than that may vanish when it is scaled in float32
 
 
@@ -34,6 +29,7 @@ class Record:
     size: tuple[int, int] | None  # height, width, if the file says them
     boxes: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
+    segmentations: tuple[Segmentation | None, ...] | None = None  # K, if they were asked for; None where unusable
 
 
 @dataclass
@@ -68,45 +64,64 @@ class CocoSet:
         return f"{len(self.records)} images ({empty} without objects), {boxes} boxes; {counts}"
 
 
-def read_coco(images: str | None, annotations: str | None, what: str = "data") -> CocoSet:
+def read_coco(images: str | None, annotations: str | None, what: str = "data", *, masks: bool = False) -> CocoSet:
     """Read an annotation file; boxes are clipped to their image, and those without area dropped, each counted.
 
     Args:
         what: the config's prefix of the two keys, for messages.
+        masks: keep the segmentations. An object without a usable one is counted, and has its box for a mask
+            (torchvision's reference training stops at such an object).
 
     Raises:
-        InputError: a missing folder, file or image, or no COCO annotations.
+        InputError: a missing folder, file or image, no COCO annotations, or none with a mask.
     """
     if images is None or annotations is None:
         raise InputError(f"{what}images and {what}annotations are not both set: give the folder and the JSON file")
     if not Path(images).is_dir():
         raise InputError(f"{what}images={images} is no folder")
-    raw = load_annotations(annotations)
+    raw = _read(annotations, _keep_compact if masks else _drop_segmentation)
     categories = sorted(raw["categories"], key=lambda category: category["id"])
     label_of = {category["id"]: i + 1 for i, category in enumerate(categories)}
     of_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in raw["images"]}
     for annotation in raw["annotations"]:
         if annotation["image_id"] not in of_image or annotation["category_id"] not in label_of:
-            raise InputError(f"{annotations}: annotation {annotation['id']} is of an unknown image or category")
+            raise InputError(
+                f"{annotations}: annotation {annotation.get('id', 'without id')} is of an unknown image or category: "
+                f"`python -m detection check-data --annotations {annotations}` lists them all"
+            )
         of_image[annotation["image_id"]].append(annotation)
     dataset = CocoSet([], tuple(label_of), tuple(str(category["name"]) for category in categories))
+    if masks:
+        dataset.cleaned["without_mask"] = 0
     for image in raw["images"]:
         path = Path(images) / image["file_name"]
         if not path.is_file():
             raise InputError(f"{annotations} lists {image['file_name']}, which is not in {images}")
         size = (image["height"], image["width"]) if image.get("height") and image.get("width") else None
-        boxes, labels = _clean(of_image[image["id"]], size, label_of, dataset.cleaned)
-        dataset.records.append(Record(image["id"], path, size, boxes, labels))
+        boxes, kept = _clean(of_image.pop(image["id"]), size, dataset.cleaned)
+        labels = np.array([label_of[annotation["category_id"]] for annotation in kept], np.int64)
+        segmentations = _segmentations(kept, size, dataset.cleaned) if masks else None
+        dataset.records.append(Record(image["id"], path, size, boxes, labels, segmentations))
+    if masks and not any(one is not None for record in dataset.records for one in record.segmentations or ()):
+        raise InputError(f"{annotations} has no segmentations to learn masks from: choose a detector without masks")
     return dataset
 
 
 def load_annotations(path: str | Path) -> dict[str, Any]:
-    """An annotation file with every optional key that pycocotools relies on filled in.
+    """An annotation file as pycocotools takes it: optional keys filled in, and objects numbered from 1, since it
+    counts one of id 0, or of an id twice, as not found.
 
     Raises:
         InputError: missing, no JSON, or not COCO's format.
     """
-    raw = read_json(path)
+    raw = _read(path)
+    for i, annotation in enumerate(raw["annotations"]):
+        annotation["id"] = i + 1
+    return raw
+
+
+def _read(path: str | Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
+    raw = read_json(path, hook)
     if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in ("images", "categories")):
         raise InputError(f"{path} is not in COCO's format: it needs lists of images, categories and annotations")
     for key, empty in (("annotations", []), ("info", {}), ("licenses", [])):
@@ -114,14 +129,16 @@ def load_annotations(path: str | Path) -> dict[str, Any]:
     try:
         for image in raw["images"]:
             image["id"], image["file_name"]
+            for side in ("width", "height"):
+                if not isinstance(image.get(side) or 0, int | float):
+                    raise TypeError(f"{side}={image[side]!r}")
         for category in raw["categories"]:
             category.setdefault("name", str(category["id"]))
         for what in ("images", "categories"):
             ids = [entry["id"] for entry in raw[what]]
             if len(set(ids)) < len(ids) or not ids or not all(isinstance(i, int) for i in ids):
                 raise InputError(f"{path}: its {what} need ids, one integer each and no two alike")
-        for i, annotation in enumerate(raw["annotations"]):
-            annotation["id"] = i + 1  # pycocotools counts an object of id 0, or of an id twice, as not found
+        for annotation in raw["annotations"]:
             _, _, w, h = (float(value) for value in annotation["bbox"])
             annotation.setdefault("area", w * h)
             annotation.setdefault("iscrowd", 0)
@@ -129,17 +146,38 @@ def load_annotations(path: str | Path) -> dict[str, Any]:
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not in COCO's format: an entry lacks or breaks {error}") from None
+        raise InputError(
+            f"{path} is not in COCO's format: an entry lacks or breaks {error}; "
+            f"`python -m detection check-data --annotations {path}` names it"
+        ) from None
     return raw
 
 
+# While the file is parsed: a polygon as Python numbers is four times as large, and COCO has 43 million of them.
+
+
+def _drop_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _keep_compact(entry: dict[str, Any]) -> dict[str, Any]:
+    segmentation = entry.get("segmentation")
+    if entry.get("iscrowd"):
+        entry.pop("segmentation", None)
+    elif isinstance(segmentation, list):
+        try:
+            entry["segmentation"] = [array("d", points) for points in segmentation]
+        except (TypeError, OverflowError):
+            entry["segmentation"] = None  # no numbers: not usable
+    return entry
+
+
 def _clean(
-    annotations: Sequence[Mapping[str, Any]],
-    size: tuple[int, int] | None,
-    label_of: Mapping[int, int],
-    cleaned: dict[str, int],
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    boxes, labels = [], []
+    annotations: Sequence[dict[str, Any]], size: tuple[int, int] | None, cleaned: dict[str, int]
+) -> tuple[npt.NDArray[np.float32], list[dict[str, Any]]]:
+    """The boxes [K, 4] that training can use, and their annotations."""
+    boxes, kept = [], []
     height, width = size or (math.inf, math.inf)
     for annotation in annotations:
         if annotation["iscrowd"]:
@@ -152,70 +190,14 @@ def _clean(
             continue
         cleaned["clipped"] += max(abs(a - b) for a, b in zip(box, (x, y, x + w, y + h), strict=True)) > 0.5
         boxes.append(box)
-        labels.append(label_of[annotation["category_id"]])
-    return np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64)
+        kept.append(annotation)
+    return np.array(boxes, np.float32).reshape(-1, 4), kept
 
 
-class TrainingImages(Dataset[tuple[Tensor, Target]]):
-    """Items are (float32 [3, h, w] in [0, 1], {"boxes" [K, 4], "labels" [K]}) at the model's size."""
-
-    def __init__(self, dataset: CocoSet, preprocess: DetectorPreprocess, augment: DetectionAugment):
-        self.records, self.preprocess, self.augment = dataset.records, preprocess, augment
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        record = self.records[index]
-        image = _decode(record)
-        augmented, boxes, labels = self.augment(image, record.boxes, record.labels, index)
-        fitted = detector_pixels(augmented, self.preprocess)
-        (h, w), (oh, ow) = fitted.pixels.shape[:2], fitted.original
-        boxes = boxes * np.array([w / ow, h / oh, w / ow, h / oh], np.float32)
-        whole = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)  # a crop may have left a sliver
-        target = {"boxes": torch.from_numpy(boxes[whole]), "labels": torch.from_numpy(labels[whole])}
-        return to_image(fitted.pixels), target
-
-
-class EvaluationImages(Dataset[tuple[int, Fitted]]):
-    """Items are (image id, the image as the artefacts see it)."""
-
-    def __init__(self, dataset: CocoSet, preprocess: DetectorPreprocess):
-        self.records, self.preprocess = dataset.records, preprocess
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[int, Fitted]:
-        record = self.records[index]
-        return record.image_id, detector_pixels(_decode(record), self.preprocess)
-
-
-def _decode(record: Record) -> Image.Image:
-    image = decode(record.path)
-    if record.size is not None and (image.height, image.width) != record.size:
-        raise InputError(
-            f"{record.path} is {image.width}x{image.height} upright, but its annotations say "
-            f"{record.size[1]}x{record.size[0]}: its boxes would be wrong"
-        )
-    return image
-
-
-def to_image(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 [h, w, 3] -> float32 [3, h, w] in [0, 1], what torchvision's detectors take."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-
-
-def create_loader(
-    dataset: Dataset[Any], batch_size: int, workers: int, shuffle_seed: int | None = None
-) -> DataLoader[Any]:
-    """Batches as pairs of tuples; in order, or shuffled by a seed."""
-    return DataLoader(
-        dataset, batch_size, shuffle=shuffle_seed is not None, num_workers=workers, collate_fn=_collate,
-        generator=torch.Generator().manual_seed(shuffle_seed or 0),
-    )  # fmt: skip
-
-
-def _collate(batch: Sequence[tuple[Any, Any]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    first, second = zip(*batch, strict=True)
-    return first, second
+def _segmentations(
+    annotations: Sequence[Mapping[str, Any]], size: tuple[int, int] | None, cleaned: dict[str, int]
+) -> tuple[Segmentation | None, ...]:
+    given = [annotation.get("segmentation") for annotation in annotations]
+    usable = tuple(one if one is not None and is_usable(one, size) else None for one in given)
+    cleaned["without_mask"] += sum(one is None for one in usable)
+    return usable

@@ -1,71 +1,215 @@
-"""The work of `python -m detection eval`: a checkpoint's COCO figures."""
+"""The work of `python -m detection eval`: a checkpoint's COCO figures and a report of what they are made of, alone or
+under torchrun; or those of a results file, for which there is no need of a model.
+"""
 
+import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from backbones.checkpoint import pick_device
-from backbones.distributed import check_alone
+from backbones.distributed import everywhere, is_main, on_main, rank, world_size
 from backbones.errors import InputError
-from backbones.files import check_writable, sha256, versions, write_json
+from backbones.files import check_writable, sha256, versions, write_aside, write_json
+from backbones.preprocess import DetectorPreprocess
 from backbones.weights import resolve
-from detection.coco import CocoSet, EvaluationImages, create_loader, read_coco
+from detection import published
+from detection.analysis import analyse
+from detection.coco import CocoSet, load_annotations, read_coco
+from detection.coco_eval import Metric, Row, check_results, read_results
 from detection.coco_eval import evaluate as coco_figures
 from detection.config import DetectorConfig
 from detection.engine import evaluate
-from detection.models import Detector, build_detector, canonical_name, load_detector, spec_of, thresholds
+from detection.images import EvaluationImages, create_loader
+from detection.models import Detector, build_detector, has_masks, load_detector, thresholds
+from detection.spec import canonical_name, parse, spec_of
+
+VERSIONS = ("torch", "torchvision", "pycocotools", "pillow", "numpy")
+VALIDATION = 5000  # images of COCO's val2017, on which the published figures were measured
 
 
-def run_eval(config: DetectorConfig) -> dict[str, Any]:
-    """Evaluate, write `<output>/eval.json` and `<output>/detections.json`, and return the former.
+def run_eval(config: DetectorConfig, device: torch.device | None = None) -> dict[str, Any]:
+    """Evaluate; write `detections.json`, the folder `report` and `eval.json` to `config.output`; return the last.
+
+    Args:
+        device: of this process, under torchrun; else the config's.
 
     Raises:
-        InputError: no data, no weights, a data set that does not fit, or several processes.
+        InputError: no data, no weights, or a data set that does not fit.
     """
-    check_alone("python -m detection eval")
     canonical_name(config.model)  # a misspelt name is said before the data is read
-    check_writable(config.output)
+    on_main(check_writable, config.output)
+    on_main(fetch_weights, config)
     dataset = read_coco(config.data.images, config.data.annotations, "data.")
-    print(dataset)
-    model, category_ids = _model(config, dataset)
-    loader = create_loader(EvaluationImages(dataset, config.preprocess), config.data.batch_size, config.data.workers)
-    device = pick_device(config.device)
-    with torch.autocast(device.type, enabled=config.amp):
-        results = evaluate(model.to(device), loader, category_ids)
-    assert config.data.annotations is not None
-    output = Path(config.output)
-    write_json(output / "detections.json", results)
-    result = coco_figures(config.data.annotations, results) | {
+    if is_main():
+        print(dataset, flush=True)
+    model, metadata = _model(config, dataset)
+    device = device or pick_device(config.device)
+    share = range(rank(), len(dataset.records), world_size())
+    images = EvaluationImages(dataset, config.preprocess)
+    loader = create_loader(images, config.data.batch_size, config.data.workers, share)
+
+    start = time.perf_counter()
+    results = evaluate(model.to(device), loader, metadata["category_ids"], amp=config.amp, title=config.model)
+    seconds = time.perf_counter() - start
+    facts = {
         "model": config.model,
         "weights": config.weights,
-        "weights_sha256": sha256(resolve(config.weights)) if config.weights else None,
+        "weights_sha256": _sha256(config),
+        "published": published_figures(config, metadata),
         "preprocess": config.preprocess.model_dump(),
         "thresholds": thresholds(model),
         "data": config.data.model_dump(),
         "cleaned": dataset.cleaned,
-        "versions": versions("torch", "torchvision", "pycocotools", "pillow", "numpy"),
+        "metric": config.metric,
+        "amp": config.amp,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "processes": world_size(),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(dataset.records) / seconds, 2),
+        "versions": versions(*VERSIONS),
     }
-    write_json(output / "eval.json", result)
+    paths = {record.image_id: record.path for record in dataset.records}
+
+    def finish() -> dict[str, Any] | None:
+        if not is_main():
+            return None
+        with write_aside(Path(config.output) / "detections.json") as aside:
+            aside.write_text(json.dumps(results))  # without indentation, ten times as fast
+        assert config.data.annotations is not None
+        return _report(
+            config.data.annotations, results, config.output, facts, paths, config.metric, masks=has_masks(model)
+        )
+
+    result = everywhere(finish)[0]
+    assert result is not None
     return result
 
 
-def _model(config: DetectorConfig, dataset: CocoSet) -> tuple[Detector, tuple[int, ...]]:
-    """The trained detector and its category ids; or random weights, the same every time."""
+def score_results(
+    detections: str, annotations: str, images: str | None, output: str, metric: Metric = "pycocotools"
+) -> dict[str, Any]:
+    """Score a results file in COCO's format; write the folder `report` and `eval.json` to `output`, return the latter.
+
+    Args:
+        images: the folder of the images, if the worst of them are to be drawn.
+
+    Raises:
+        InputError: broken annotations or results, of which it names the row; or an image that is not there.
+    """
+    check_writable(output)
+    truth, results = load_annotations(annotations), read_results(detections)
+    check_results(results, truth, annotations, categories=True)
+    paths = {} if images is None else {image["id"]: Path(images) / image["file_name"] for image in truth["images"]}
+    for path in paths.values():
+        if not path.is_file():
+            raise InputError(f"{annotations} lists {path.name}, which is not in {images}")
+    facts = {
+        "detections_sha256": sha256(detections),
+        "annotations_sha256": sha256(annotations),
+        "metric": metric,
+        "versions": versions("pycocotools", "numpy"),
+    }
+    return _report(annotations, results, output, facts, paths, metric, masks=None)
+
+
+def _report(
+    annotations: str,
+    results: Sequence[Row],
+    output: str,
+    facts: Mapping[str, Any],
+    paths: Mapping[int, Path],
+    metric: Metric,
+    *,
+    masks: bool | None,
+) -> dict[str, Any]:
+    """Write the report and, last, `eval.json`, so that a report with it is whole."""
+    from detection.report import write_report  # and matplotlib, which training and the other processes do without
+
+    figures = coco_figures(annotations, results, metric, masks)
+    found = analyse(load_annotations(annotations), results)
+    result = figures | {"best_threshold": found.threshold, "best_f1": found.f1, "errors": found.kinds["kinds"], **facts}
+    path = Path(output) / "eval.json"
+    path.unlink(missing_ok=True)
+    write_report(Path(output) / "report", result, found, paths)
+    write_json(path, result)
+    return result
+
+
+def fetch_weights(config: DetectorConfig) -> None:
+    """Download the weights that the config names, if need be: in one process, before several look for them.
+
+    Raises:
+        InputError: there are none, or no way to them.
+    """
+    name = parse(config.model)
+    if config.weights == published.TORCHVISION:
+        published.fetch(str(name))
+    elif config.weights is not None:
+        resolve(config.weights)
+    elif config.weights_backbone is not None and name.backbone == published.RESNET50:
+        published.resnet50_weights(config.weights_backbone)
+    elif config.weights_backbone is not None:
+        resolve(config.weights_backbone, name.backbone)
+
+
+def _sha256(config: DetectorConfig) -> str | None:
+    if config.weights is None or config.weights == published.TORCHVISION:  # whose hash torchvision checks
+        return None
+    return sha256(resolve(config.weights))
+
+
+def _model(config: DetectorConfig, dataset: CocoSet) -> tuple[Detector, dict[str, Any]]:
+    """The trained detector and its metadata; or random weights, the same every time."""
     if config.weights is None:
         torch.manual_seed(config.seed)
         spec = spec_of(config, len(dataset.classes) + 1)
-        return build_detector(spec, config.preprocess, config.weights_backbone), dataset.category_ids
-    model, metadata = load_detector(config.weights, config.preprocess, **config.thresholds())
-    if metadata["model"] != canonical_name(config.model):
-        raise InputError(
-            f"{config.weights} holds {metadata['model']}, not {config.model}: set model={metadata['model']}"
-        )
+        model = build_detector(spec, config.preprocess, config.weights_backbone)
+        return model, {"category_ids": dataset.category_ids}
+    settings: dict[str, Any] = config.thresholds()
+    model, metadata = load_detector(config.weights, config.preprocess, model=config.model, **settings)
     dataset.check_categories(metadata["category_ids"], metadata["classes"], config.weights)
-    return model, tuple(metadata["category_ids"])
+    return model, metadata
 
 
-def summary(result: dict[str, Any]) -> str:
+def published_figures(config: DetectorConfig, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What torchvision published of the same weights, as fractions, on all of COCO val2017; `same_settings` says
+    whether the config has its image size and thresholds.
+    """
+    if "published" not in metadata:
+        return None
+    theirs = DetectorPreprocess.model_validate(metadata["preprocess"])
+    sizes = {"min_size", "max_size", "mean", "std"}
+    same = config.preprocess.model_dump(include=sizes) == theirs.model_dump(include=sizes) and not config.thresholds()
+    given = {"AP": "box_map", "mask_AP": "mask_map"}
+    figures = {
+        name: round(metadata["published"][key] / 100, 6) for name, key in given.items() if key in metadata["published"]
+    }
+    return figures | {"by": "torchvision", "images": VALIDATION, "same_settings": same}
+
+
+def headline(config: DetectorConfig) -> str:
+    """What is going to be measured, in a line."""
+    return f"{config.model}, weights {config.weights}: {config.preprocess}"
+
+
+def summary(result: Mapping[str, Any]) -> str:
     """A result in a line."""
-    figures = "  ".join(f"{name} {result[name]:.4f}" for name in ("AP", "AP50", "AP75", "AR100"))
-    return f"{figures}  on {result['images']} images, {result['detections']} detections"
+    parts = []
+    for what, figures in (("", result), ("masks ", result.get("segm"))):
+        if figures:
+            parts.append(what + "  ".join(f"{name} {figures[name]:.4f}" for name in ("AP", "AP50", "AP75", "AR100")))
+    parts[-1] += f"  on {result['images']} images, {result['detections']} detections"
+    if result.get("foreign"):
+        parts.append(f"{result['foreign']} of them of categories that the annotations do not have, left out")
+    if result.get("segm", {}).get("boxes_as_masks"):
+        parts.append(f"{result['segm']['boxes_as_masks']} objects without a mask have their box for one")
+    known = result.get("published")
+    if known:
+        masks = f", of masks {known['mask_AP']:.3f}" if "mask_AP" in known else ""
+        settings = "" if known["same_settings"] else ", with other settings than these"
+        parts.append(f"published by {known['by']}: AP {known['AP']:.3f}{masks} on {known['images']} images{settings}")
+    return "; ".join(parts)

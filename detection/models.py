@@ -1,53 +1,48 @@
-"""CSP backbone + FPN -> torchvision's Faster R-CNN, RetinaNet or FCOS; and their weights.
+"""A network's name -> torchvision's detector over a CSP backbone, or over its own ResNet-50; and their weights.
 
-The detectors are torchvision's own classes with its defaults; the backbone tells the FPN its channels and
-strides, and the anchors follow the strides. One thing differs: a detector takes images that
-`backbones.preprocess.detector_pixels` has resized, and does not resize them again, so that training,
-evaluation and artefacts see the same pixels.
+Names are torchvision's: `<detector>_<backbone>_<neck>`, with `_v2` for a second version. The backbone tells the neck
+(`necks.py`) its channels and strides, anchors follow the levels (`families.py`). One thing differs from torchvision: a
+detector takes images that `backbones.preprocess.detector_pixels` has resized, and does not resize them again, nor paste
+masks, so that training, evaluation and artefacts see the same pixels.
 """
 
-import math
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-from pydantic import Field
-from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
-from torchvision.ops.poolers import initLevelMapper
 
-from backbones.cspnet import CSPNet, create_model, get_variant
-from backbones.errors import InputError, unknown
+from backbones.cspnet import CSPNet, convert_batchnorm, create_model, refuse_statistics
+from backbones.errors import InputError
 from backbones.preprocess import DetectorPreprocess
-from backbones.published import ALIASES, PLAIN
-from backbones.schema import Section
-from backbones.variants import VARIANTS
 from backbones.weights import load_state, read_weights, resolve
-from detection.config import DetectorConfig
+from detection import published
+from detection.config import Level, Norm
+from detection.families import FAMILIES, Detector
+from detection.necks import BackboneWithNeck, ExtraLevels, ResNet50, check_levels
+from detection.published import RESNET50, TORCHVISION
+from detection.spec import (
+    DetectorSpec,
+    FrozenStages,
+    Name,
+    canonical_name,
+    parse,
+    resolve_frozen,
+    resolve_norm,
+    spec_of,
+)  # fmt: skip
 
-Detector: TypeAlias = FasterRCNN | RetinaNet | FCOS
-FAMILIES = ("fasterrcnn", "retinanet", "fcos")
-
-
-class DetectorSpec(Section):
-    """All that it takes to build a detector; kept in its weights' metadata. None means torchvision's default."""
-
-    model: str
-    num_classes: int = Field(ge=2)  # background included, as torchvision counts
-    fpn_channels: int = Field(default=256, ge=64, multiple_of=32)  # the heads' GroupNorm has 32 groups
-    frozen_batchnorm: bool = False
-    score_threshold: float | None = Field(default=None, ge=0, lt=1)
-    nms_iou: float | None = Field(default=None, gt=0, le=1)
-    max_detections: int | None = Field(default=None, ge=1)
+__all__ = [
+    "Detector", "DetectorSpec", "build_detector", "canonical_name", "create_detector", "has_masks", "load_detector",
+    "spec_of", "start_from", "thresholds",
+]  # fmt: skip
 
 
 class ResizedImages(GeneralizedRCNNTransform):
-    """torchvision's normalisation and batching, without its resizing."""
+    """torchvision's normalisation and batching, without its resizing and without pasting masks."""
 
     def __init__(self, preprocess: DetectorPreprocess):
         super().__init__(
@@ -58,26 +53,10 @@ class ResizedImages(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
 
-
-class BackboneWithFPN(nn.Module):
-    """Images [N, 3, H, W] -> `{"c3": [N, out_channels, H/8, W/8], ...}`, with the extra levels last.
-
-    Attributes:
-        strides: pixels a cell of each level, in order.
-    """
-
-    def __init__(self, body: CSPNet, levels: Sequence[str], out_channels: int, extra: ExtraFPNBlock):
-        super().__init__()
-        self.body, self.levels, self.out_channels = body, tuple(levels), out_channels
-        self.fpn = FeaturePyramidNetwork([body.channels[level] for level in levels], out_channels, extra)
-        extra_levels = 2 if isinstance(extra, LastLevelP6P7) else 1
-        strides = [body.strides[level] for level in levels]
-        self.strides = strides + [strides[-1] * 2 ** (i + 1) for i in range(extra_levels)]
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        features = self.body.forward_features(x)
-        pyramid: dict[str, Tensor] = self.fpn({level: features[level] for level in self.levels})
-        return pyramid
+    def postprocess(
+        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        return result
 
 
 def create_detector(
@@ -86,129 +65,233 @@ def create_detector(
     weights_backbone: str | Path | None = None,
     *,
     fpn_channels: int = 256,
-    frozen_batchnorm: bool | None = None,
+    norm: Norm | None = None,
+    frozen_stages: FrozenStages | None = None,
+    levels: tuple[Level, ...] | None = None,
+    extra_levels: ExtraLevels | None = None,
     score_threshold: float | None = None,
     nms_iou: float | None = None,
     max_detections: int | None = None,
     preprocess: DetectorPreprocess | None = None,
 ) -> Detector:
-    """Build `<family>_<backbone>_fpn`, such as `fasterrcnn_cspresnet50_fpn`.
+    """Build a detector such as `fasterrcnn_cspresnet50_fpn`; `python -m detection models` lists them.
+
+    A Mask R-CNN gives its `masks` as they are, [K, 1, 28, 28] in [0, 1], a grid in each box.
 
     Args:
         num_classes: background included, as torchvision counts.
-        weights_backbone: a source of ImageNet weights that `backbones.weights` reads; its head is left out.
-        frozen_batchnorm: freeze the backbone's BatchNorm; None freezes it over pretrained weights alone, since
-            over random ones it would freeze noise.
+        weights_backbone: a source of ImageNet weights that `backbones.weights` reads; its head is left out. For
+            ResNet-50 a file in torchvision's layout, or `torchvision`.
+        norm: the backbone's: `frozen` BatchNorm, `batch`, and in the whole detector `sync`, over all processes, or
+            `group`. None is frozen over pretrained weights; else batch, or in several processes on CUDA sync.
+        frozen_stages: the backbone stays as it is up to here. None is c2 over pretrained weights, as torchvision's
+            three trainable layers, and none otherwise.
+        levels: the backbone's maps that the neck takes; `extra_levels` above them.
         preprocess: its mean, std and divisor are the model's; None is 800 x 1333 with ImageNet's.
 
     Raises:
-        InputError: unknown name, or weights that do not fit.
+        InputError: unknown name, levels that make no pyramid, frozen random weights, or weights that do not fit.
     """
-    family, backbone = _parse(name)
-    frozen = frozen_batchnorm if frozen_batchnorm is not None else weights_backbone is not None
-    body = create_model(backbone, num_classes=0, weights=weights_backbone, batchnorm="frozen" if frozen else "batch")
-    build = {"fasterrcnn": _faster_rcnn, "retinanet": _retinanet, "fcos": _fcos}[family]
-    given = {"score": score_threshold, "nms": nms_iou, "detections": max_detections}
-    model = build(body, num_classes, fpn_channels, {key: value for key, value in given.items() if value is not None})
-    model.transform = ResizedImages(preprocess or DetectorPreprocess(min_size=800, max_size=1333))
-    return model
-
-
-def canonical_name(name: str) -> str:
-    """A detector's name with its backbone's alias resolved.
-
-    Raises:
-        InputError: unknown name.
-    """
-    family, backbone = _parse(name)
-    return f"{family}_{get_variant(backbone)[0]}_fpn"
-
-
-def _parse(name: str) -> tuple[str, str]:
-    match = re.fullmatch(r"([a-z]+)_(.+)_fpn", name)
-    if match is None or match[1] not in FAMILIES or match[2].removesuffix(PLAIN) not in {**VARIANTS, **ALIASES}:
-        raise unknown("detector", name, [f"{family}_{body}_fpn" for family in FAMILIES for body in VARIANTS])
-    return match[1], match[2]
-
-
-def _faster_rcnn(body: CSPNet, num_classes: int, channels: int, given: dict[str, Any]) -> FasterRCNN:
-    backbone = BackboneWithFPN(body, ("c2", "c3", "c4", "c5"), channels, LastLevelMaxPool())
-    sizes = tuple((8 * stride,) for stride in backbone.strides)  # 32 ... 512
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    pool = MultiScaleRoIAlign(list(backbone.levels), output_size=7, sampling_ratio=2)
-    # Left to itself it guesses the strides from the first images, and wrongly if those do not fill their canvas.
-    strides = backbone.strides[: len(backbone.levels)]
-    pool.scales = [1 / stride for stride in strides]
-    pool.map_levels = initLevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
-    names = {"score": "box_score_thresh", "nms": "box_nms_thresh", "detections": "box_detections_per_img"}
-    settings = {names[key]: value for key, value in given.items()}
-    return FasterRCNN(backbone, num_classes, rpn_anchor_generator=anchors, box_roi_pool=pool, **settings)
-
-
-_ONE_STAGE = {"score": "score_thresh", "nms": "nms_thresh", "detections": "detections_per_img"}
-
-
-def _retinanet(body: CSPNet, num_classes: int, channels: int, given: dict[str, Any]) -> RetinaNet:
-    backbone = BackboneWithFPN(body, ("c3", "c4", "c5"), channels, LastLevelP6P7(channels, channels))
-    # 32 ... 512 and two thirds of an octave above each; whole pixels, as in torchvision
-    sizes = tuple(tuple(int(4 * stride * 2 ** (third / 3)) for third in range(3)) for stride in backbone.strides)
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    settings = {_ONE_STAGE[key]: value for key, value in given.items()}
-    return RetinaNet(backbone, num_classes, anchor_generator=anchors, **settings)
-
-
-def _fcos(body: CSPNet, num_classes: int, channels: int, given: dict[str, Any]) -> FCOS:
-    backbone = BackboneWithFPN(body, ("c3", "c4", "c5"), channels, LastLevelP6P7(channels, channels))
-    anchors = AnchorGenerator(tuple((stride,) for stride in backbone.strides), ((1.0,),) * len(backbone.strides))
-    settings = {_ONE_STAGE[key]: value for key, value in given.items()}
-    return FCOS(backbone, num_classes, anchor_generator=anchors, **settings)
-
-
-def spec_of(config: DetectorConfig, num_classes: int) -> DetectorSpec:
-    """The detector that a config describes, with `num_classes` counting the background."""
-    frozen = config.frozen_batchnorm
-    return DetectorSpec(
-        model=canonical_name(config.model), num_classes=num_classes, fpn_channels=config.fpn_channels,
-        frozen_batchnorm=config.weights_backbone is not None if frozen is None else frozen,
-        score_threshold=config.score_threshold, nms_iou=config.nms_iou, max_detections=config.max_detections,
+    pretrained = weights_backbone is not None
+    spec = DetectorSpec(
+        model=canonical_name(name), num_classes=num_classes, fpn_channels=fpn_channels,
+        norm=resolve_norm(norm, pretrained, torch.cuda.is_available()),
+        frozen_stages=resolve_frozen(frozen_stages, pretrained), levels=levels, extra_levels=extra_levels,
+        score_threshold=score_threshold, nms_iou=nms_iou, max_detections=max_detections,
     )  # fmt: skip
+    return build_detector(spec, preprocess or DetectorPreprocess(min_size=800, max_size=1333), weights_backbone)
 
 
 def build_detector(
     spec: DetectorSpec, preprocess: DetectorPreprocess, weights_backbone: str | Path | None = None
 ) -> Detector:
-    """The detector of a spec."""
-    return create_detector(
-        spec.model, spec.num_classes, weights_backbone, fpn_channels=spec.fpn_channels,
-        frozen_batchnorm=spec.frozen_batchnorm, score_threshold=spec.score_threshold, nms_iou=spec.nms_iou,
-        max_detections=spec.max_detections, preprocess=preprocess,
+    """The detector of a spec. That it may freeze random weights is not asked here: a checkpoint's will follow.
+
+    Raises:
+        InputError: unknown name, levels that make no pyramid, or weights that do not fit.
+    """
+    name, levels = parse(spec.model), spec.neck_levels
+    family = FAMILIES[name.family]
+    backbone = BackboneWithNeck(
+        _body(name, levels, spec, weights_backbone), levels, spec.fpn_channels,
+        spec.extra_levels or family.extra_levels, name.neck, family.neck_norm if name.second else None,
+        name.second and family.extra_from_body,
     )  # fmt: skip
+    given = {"score": spec.score_threshold, "nms": spec.nms_iou, "detections": spec.max_detections}
+    settings = {key: value for key, value in given.items() if value is not None}
+    model = family.build(backbone, spec.num_classes, name.second, settings)
+    if spec.norm in ("sync", "group"):  # of second versions, neck and heads too
+        model = convert_batchnorm(model, spec.norm)
+    model.transform = ResizedImages(preprocess)
+    model.spec = spec
+    return model
+
+
+def _body(name: Name, levels: tuple[str, ...], spec: DetectorSpec, weights: str | Path | None) -> CSPNet | ResNet50:
+    frozen = None if spec.frozen_stages == "none" else spec.frozen_stages
+    check_levels(levels)
+    if name.backbone != RESNET50:
+        if weights == TORCHVISION:
+            raise InputError(f"torchvision has no weights of {name.backbone}: give timm, a path or a URL")
+        return create_model(
+            name.backbone, num_classes=0, weights=weights, levels=levels, frozen=frozen, batchnorm=spec.norm
+        )
+    body = ResNet50(levels, frozen)
+    if weights is not None:
+        state = published.resnet50_weights(weights)
+        if spec.norm == "group":
+            refuse_statistics(state, weights)
+        built = tuple(f"{child}." for child in body)
+        load_state(body, {key: state[key] for key in state if key.startswith(built)}, weights, RESNET50)
+    return convert_batchnorm(body, spec.norm)
 
 
 def load_detector(
-    path: str | Path, preprocess: DetectorPreprocess | None = None, **overrides: Any
+    source: str | Path, preprocess: DetectorPreprocess | None = None, *, model: str | None = None, **overrides: Any
 ) -> tuple[Detector, dict[str, Any]]:
-    """A trained detector and its metadata from our safetensors; `preprocess` and `overrides` of its spec go over
-    what is stored there.
+    """A trained detector and its metadata; `preprocess` and `overrides` of its spec go over what is stored there.
+
+    Args:
+        source: our safetensors; or, over ResNet-50, `torchvision` for the weights that it published, or a file in its
+            layout. The metadata of what it published has its figures under `published`.
+        model: the detector's name, for weights that do not say it themselves.
 
     Raises:
-        InputError: no file, or not a detector's weights.
+        InputError: nothing there, no detector's weights, or another detector's.
     """
-    state, metadata = read_weights(resolve(path))
-    if metadata.get("task") != "detection":
+    state, metadata = _read(source, model and canonical_name(model))
+    name = metadata["model"]
+    if model and canonical_name(model) != name:
+        raise InputError(f"{source} holds {name}, not {model}: set model={name}")
+    try:
+        spec = DetectorSpec.model_validate(metadata["detector"] | overrides)
+        preprocess = preprocess or DetectorPreprocess.model_validate(metadata["preprocess"])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise InputError(
+            f"{source} says of itself {where}: {problem['msg']}; was it written by another version?"
+        ) from None
+    detector = build_detector(spec, preprocess)
+    load_state(detector, state, source, name)
+    if metadata.pop("without_eps", False):
+        published.fold_statistics(detector)
+    return detector, metadata | {"detector": spec.model_dump()}
+
+
+def start_from(model: Detector, source: str | Path) -> str:
+    """Take over what fits of a whole detector's weights, of any source of `load_detector`, and say what did.
+
+    A backbone is taken over as itself alone, a neck if it joins the same levels, heads within their family; tensors of
+    another shape, such as those of another number of classes, are left as they are.
+
+    Raises:
+        InputError: nothing there, nothing that fits, or a frozen backbone that would stay random.
+    """
+    ours: DetectorSpec = model.spec
+    state, metadata = _read(source, ours.model)
+    theirs = DetectorSpec.model_validate(metadata["detector"])
+    one, other = parse(ours.model), parse(theirs.model)
+    _check_norms(ours, theirs, source)
+    neck = one.neck == other.neck and ours.neck_levels == theirs.neck_levels
+
+    def meant(key: str) -> bool:
+        if key.startswith("backbone.body."):
+            return one.backbone == other.backbone
+        return neck if key.startswith("backbone.") else one.family == other.family
+
+    own = model.state_dict()
+    fits = {key: state[key] for key in own if key in state and meant(key) and state[key].shape == own[key].shape}
+    counted = [key for key in own if not key.endswith(".num_batches_tracked")]  # frozen norms have no such count
+    left = [key for key in counted if key not in fits]
+    if not fits:
+        raise InputError(f"nothing of {source}, a {theirs.model}, fits {ours.model}: start from a nearer relative")
+    if (ours.norm == "frozen" or ours.frozen_stages != "none") and any(k.startswith("backbone.body.") for k in left):
+        raise InputError(
+            f"{source} lacks {left[0]}, and with norm={ours.norm}, frozen_stages={ours.frozen_stages} the backbone "
+            "would stay random: give norm=batch and frozen_stages=none, or weights over the same backbone"
+        )
+    model.load_state_dict(fits, strict=False)
+    if metadata.get("without_eps"):
+        published.fold_statistics(model)
+    lines = [f"started from {source}, a {theirs.model}: {len(counted) - len(left)} of {len(counted)} tensors"]
+    unused = [key for key in state if key not in own and not key.endswith(".num_batches_tracked")]
+    lines += _listed("left as they were", left) + _listed("not used", unused)
+    return "\n".join(lines)
+
+
+def _check_norms(ours: DetectorSpec, theirs: DetectorSpec, source: object) -> None:
+    if (ours.norm == "group") != (theirs.norm == "group") and parse(ours.model).backbone == parse(
+        theirs.model
+    ).backbone:
+        norm = "group" if theirs.norm == "group" else "frozen or norm=batch"
+        raise InputError(
+            f"{source} was trained with norm={theirs.norm}, which norm={ours.norm} is not: set norm={norm}"
+        )
+
+
+def _listed(what: str, keys: list[str], most: int = 6) -> list[str]:
+    """A line that names the modules of some tensors, if there are any."""
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+    more = f" and {len(modules) - most} more" if len(modules) > most else ""
+    return [f"{what}: {', '.join(modules[:most])}{more}"] if modules else []
+
+
+def _read(source: str | Path, name: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict under our names and metadata; `without_eps` in it marks frozen norms that had none.
+
+    Args:
+        name: of the detector, for torchvision's weights.
+    """
+    if source == TORCHVISION:
+        if name is None:
+            raise InputError(
+                f"torchvision published several detectors: give the model, one of {', '.join(published.WEIGHTS)}"
+            )
+        return _from_torchvision(published.fetch(name), name, source, True)
+    path = resolve(source)
+    state, metadata = read_weights(path)
+    if metadata.get("task") == "detection":
+        return state, metadata
+    if metadata or name is None or parse(name).backbone != RESNET50:
         what = metadata.get("model", "foreign weights")
         raise InputError(f"{path} holds {what}, no detector: give the .safetensors that `detection train` wrote")
-    spec = DetectorSpec.model_validate(metadata["detector"] | overrides)
-    model = build_detector(spec, preprocess or DetectorPreprocess.model_validate(metadata["preprocess"]))
-    load_state(model, state, path, spec.model)
-    return model, metadata | {"detector": spec.model_dump()}
+    return _from_torchvision(state, name, source, published.is_published(name, path))
+
+
+def _from_torchvision(
+    state: dict[str, Tensor], name: str, source: str | Path, is_published: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What torchvision's layout says, in its newest spelling: its modules rename what an older version saved."""
+    category_ids, classes = published.categories()
+    spec = DetectorSpec(model=name, num_classes=len(classes) + 1, norm="frozen")
+    preprocess = DetectorPreprocess(min_size=800, max_size=1333, divisor=32)
+    with torch.device("meta"):
+        reader = build_detector(spec, preprocess)
+    try:
+        reader.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:300]
+        raise InputError(f"{source} does not hold torchvision's {name} for COCO: {problem}") from None
+    metadata: dict[str, Any] = {
+        "task": "detection", "model": name, "detector": spec.model_dump(), "classes": list(classes),
+        "category_ids": list(category_ids), "preprocess": preprocess.model_dump(), "config": {},
+    }  # fmt: skip
+    if is_published:
+        metadata |= {"published": published.figures(name), "without_eps": name in published.WITHOUT_EPS}
+    return reader.state_dict(), metadata
+
+
+def has_masks(detector: str | Detector) -> bool:
+    """Whether a detector, or one of this name, finds masks too.
+
+    Raises:
+        InputError: unknown name.
+    """
+    return parse(detector).family == "maskrcnn" if isinstance(detector, str) else isinstance(detector, MaskRCNN)
 
 
 def thresholds(model: Detector) -> dict[Literal["score_threshold", "nms_iou", "max_detections"], Any]:
     """What a built detector really uses, wherever its family keeps it."""
-    if isinstance(model, FasterRCNN):
-        heads = model.roi_heads
-        score, iou, most = heads.score_thresh, heads.nms_thresh, heads.detections_per_img
-    else:
-        score, iou, most = model.score_thresh, model.nms_thresh, model.detections_per_img
-    return {"score_threshold": score, "nms_iou": iou, "max_detections": most}
+    at = model.roi_heads if isinstance(model, FasterRCNN) else model
+    return {"score_threshold": at.score_thresh, "nms_iou": at.nms_thresh, "max_detections": at.detections_per_img}

@@ -1,83 +1,173 @@
-"""The work of `python -m detection train`: from COCO annotations to weights, with a checkpoint an epoch."""
+"""The work of `python -m detection train`: from COCO annotations to weights, alone or under torchrun, a checkpoint an
+epoch.
 
+A run that was killed and resumed ends with the bits of one that was not: on the same machine, with the same version
+of torch and the same number of threads and processes, on the CPU. CUDA's kernels do not promise that much.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from backbones.augment import sample_seed
+from backbones.board import tensorboard, write_epoch
 from backbones.checkpoint import Run, pick_device, seed_everything
-from backbones.distributed import check_alone
+from backbones.distributed import everywhere, is_main, on_main, process_group, rank, world_size
 from backbones.errors import InputError
 from backbones.files import sha256
-from backbones.optim import create_optimizer, warmup_cosine
+from backbones.optim import create_optimizer
+from backbones.replica import average, average_statistics, replicate
 from detection.augment import DetectionAugment
-from detection.coco import CocoSet, EvaluationImages, TrainingImages, create_loader, read_coco
+from detection.coco import CocoSet, read_coco
 from detection.coco_eval import evaluate as coco_figures
 from detection.config import DetectorConfig
-from detection.engine import evaluate, train_one_epoch
-from detection.models import DetectorSpec, build_detector, canonical_name, spec_of
+from detection.diverged import keep_batch
+from detection.engine import Diverged, evaluate, train_one_epoch
+from detection.evaluate import fetch_weights
+from detection.images import EvaluationImages, TrainingImages, aspect_ratios, create_loader
+from detection.models import Detector, build_detector, has_masks, start_from
+from detection.plan import GroupedPlan
+from detection.spec import DetectorSpec, canonical_name, spec_of
+
+FIGURES = ("AP", "AP50", "AP75")
 
 
 def run_train(config: DetectorConfig) -> dict[str, Any]:
     """Train, evaluate after each epoch, and return the best epoch's figures and the history.
 
-    Writes to `config.output`: `last.pt` to resume from, `best.safetensors` by AP50, `history.json`.
+    Writes to `config.output`: `last.pt` to resume from, `best.safetensors` by the boxes' AP50, `last.safetensors`,
+    `history.json`, `history.csv`, and TensorBoard's log where that is installed. With `train.ema` it is the averaged
+    weights that are evaluated and written. A batch whose loss is not finite is kept in `diverged/`.
 
     Raises:
-        InputError: no data, a loss that is not finite, nothing to resume from, or several processes.
+        InputError: no data, a loss that is not finite, or nothing to resume from.
     """
-    check_alone("python -m detection train")
-    if config.weights is not None:
-        raise InputError("weights is for eval: train from ImageNet weights with weights_backbone, or go on with resume")
     canonical_name(config.model)  # a misspelt name is said before the data is read
-    seed_everything(config.seed)
-    device, data, train = pick_device(config.device), config.data, config.train
+    with process_group(pick_device(config.device)) as device:
+        return _train(config, device)
+
+
+def _train(config: DetectorConfig, device: torch.device) -> dict[str, Any]:
+    train, data = config.train, config.data
     training_set, held_out = _data(config)
-    augment = DetectionAugment(
-        train.horizontal_flip, train.vertical_flip, train.color_jitter, train.random_crop, config.seed
-    )
-    images = TrainingImages(training_set, config.preprocess, augment)
-    val_loader = create_loader(EvaluationImages(held_out, config.preprocess), data.batch_size, data.workers)
-
+    on_main(fetch_weights, config)
+    images = TrainingImages(training_set, config.preprocess, _augment(config), masks=has_masks(config.model))
+    plan = GroupedPlan(train, aspect_ratios(training_set), data.batch_size, config.seed, data.aspect_ratio_groups)
+    seed_everything(config.seed)
     spec = spec_of(config, len(training_set.classes) + 1)
-    model = build_detector(spec, config.preprocess, config.weights_backbone).to(device)
-    optimizer = create_optimizer(model, train.optimizer, train.lr, train.momentum, train.weight_decay)
+    model = _model(config, spec, device)
+    ema = None if train.ema is None else average(model, train.ema)
+    optimizer = create_optimizer(model, train.optimizer, plan.lr, train.momentum, train.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
-    facts = {"images": len(training_set.records), "annotations_sha256": sha256(str(data.train_annotations))}
-    run = Run(config, model, optimizer, scaler, "AP50", _metadata(config, spec, training_set), facts=facts)
+    facts = {"images": len(images), "annotations_sha256": sha256(str(data.train_annotations))}
+    metadata = _metadata(config, spec, training_set)
+    run = Run(config, model, optimizer, scaler, "AP50", metadata, ema=ema, facts=facts)
+    if is_main():
+        print(f"{spec.model} on {device.type}, norm={spec.norm}\n{plan.describe()}", flush=True)
+    replica = replicate(model, device)
 
-    for epoch in range(len(run.history), train.epochs):
-        seed_everything(sample_seed(config.seed, epoch))  # so that a resumed epoch draws what an undisturbed one draws
-        augment.epoch = epoch
-        loader = create_loader(images, data.batch_size, data.workers, shuffle_seed=config.seed + epoch)
-        steps, done = train.epochs * len(loader), epoch * len(loader)
-        warmup = round(train.warmup_epochs * len(loader))
-        losses = train_one_epoch(
-            model, loader, optimizer, scaler,
-            [train.lr * warmup_cosine(done + step, steps, warmup) for step in range(len(loader))],
-            clip_grad_norm=train.clip_grad_norm, amp=config.amp, title=f"epoch {epoch + 1}/{train.epochs}",
-        )  # fmt: skip
-        figures = coco_figures(str(data.annotations), evaluate(model, val_loader, training_set.category_ids))
-        print(
-            f"epoch {epoch + 1}/{train.epochs}: loss {losses['loss']:.3f}, "
-            f"AP {figures['AP']:.4f}, AP50 {figures['AP50']:.4f}"
-        )
-        run.finish_epoch(losses | {name: figures[name] for name in ("AP", "AP50", "AP75")})
-    return run.result()
+    with tensorboard(run.output / "tensorboard", len(run.history) + 1) if is_main() else nullcontext() as log:
+        for epoch in range(len(run.history), train.epochs):
+            seed_everything(sample_seed(config.seed, epoch, rank()))  # of the proposals that are drawn, resumed or not
+            images.augment.epoch = epoch
+            lrs = plan.lrs(epoch)
+            try:
+                figures = train_one_epoch(
+                    replica, create_loader(images, plan.batch, data.workers, plan.order(epoch)), optimizer, scaler,
+                    lrs, accumulate=train.accumulate, ema=ema, clip_grad_norm=train.clip_grad_norm, amp=config.amp,
+                    title=f"epoch {epoch + 1}/{train.epochs}",
+                )  # fmt: skip
+            except Diverged as stop:
+                raise _stop(stop, run.output, images, plan, training_set.classes) from None
+            average_statistics(model, ema)
+            measured = _evaluate(config, model if ema is None else ema.module, held_out)
+            speed = figures.pop("images") / figures.pop("seconds")
+            run.finish_epoch(figures | {"lr": lrs[-1]} | measured)
+            if is_main():
+                _report(run.history[-1], train.epochs, speed)
+                write_epoch(log, run.history[-1] | {"images_per_second": speed})
+    result = run.result()
+    if is_main():
+        print(f"best AP50 {result['best']['AP50']:.4f} at epoch {result['best']['epoch']}: {result['weights']}")
+    return result
 
 
 def _data(config: DetectorConfig) -> tuple[CocoSet, CocoSet]:
-    training_set = read_coco(config.data.train_images, config.data.train_annotations, "data.train_")
-    held_out = read_coco(config.data.images, config.data.annotations, "data.")
-    print(f"training: {training_set}\nheld out: {held_out}")
+    data = config.data
+    training_set = read_coco(data.train_images, data.train_annotations, "data.train_", masks=has_masks(config.model))
+    held_out = read_coco(data.images, data.annotations, "data.")
+    if is_main():
+        print(f"training: {training_set}\nheld out: {held_out}")
     if not any(len(record.labels) for record in training_set.records):
-        raise InputError(f"{config.data.train_annotations} has no object to learn from")
+        raise InputError(f"{data.train_annotations} has no object to learn from")
     if training_set.category_ids != held_out.category_ids:
         raise InputError("the training and the held-out annotations have different category ids")
     return training_set, held_out
 
 
+def _augment(config: DetectorConfig) -> DetectionAugment:
+    train = config.train
+    return DetectionAugment(
+        train.horizontal_flip, train.vertical_flip, train.color_jitter, train.random_crop, seed=config.seed,
+        scale_jitter=train.scale_jitter, min_sizes=train.min_sizes, mosaic=train.mosaic,
+    )  # fmt: skip
+
+
+def _model(config: DetectorConfig, spec: DetectorSpec, device: torch.device) -> Detector:
+    """The detector with the weights that training starts from; a resumed run's own come later."""
+    if spec.norm == "sync" and device.type == "cpu":
+        raise InputError("norm=sync works on GPUs alone: give norm=batch or norm=group, or device=cuda")
+    model = build_detector(spec, config.preprocess, config.weights_backbone)
+    if config.weights is not None and not config.resume:
+        said = start_from(model, config.weights)
+        if is_main():
+            print(said)
+    return model.to(device)
+
+
+def _stop(
+    stop: Diverged, output: Path, images: TrainingImages, plan: GroupedPlan, classes: Sequence[str]
+) -> InputError:
+    """Keep the batch whose loss is not finite, each process its own; the error to end with."""
+    epoch, first = images.augment.epoch, stop.batch * plan.batch
+    lr = plan.lrs(epoch)[stop.batch // plan.train.accumulate]
+    folder = output / ("diverged" if is_main() else f"diverged-{rank()}")
+    losses = {name: value if math.isfinite(value) else str(value) for name, value in stop.losses.items()}
+    facts = {"epoch": epoch + 1, "batch": stop.batch, "lr": lr, "losses": losses}
+    keep_batch(folder, images, plan.order(epoch)[first : first + plan.batch], classes, facts)
+    last = output / "last.safetensors"
+    go_on = f", or go on from weights={last} into another output" if last.exists() else ""
+    return InputError(
+        f"{stop}, lr {lr:.3g}: its batch is in {folder}; lower train.lr or lengthen the warm-up and start again{go_on}"
+    )
+
+
+def _evaluate(config: DetectorConfig, model: Detector, held_out: CocoSet) -> dict[str, float]:
+    """The held-out images' figures of boxes and, as `mask_AP` and so on, of masks; one process does the sums."""
+    share = range(rank(), len(held_out.records), world_size())
+    images = EvaluationImages(held_out, config.preprocess)
+    loader = create_loader(images, config.data.batch_size, config.data.workers, share)
+    results = evaluate(model, loader, held_out.category_ids, amp=config.amp)
+    path, masks = str(config.data.annotations), has_masks(model)  # of no detections, too: epochs have the same keys
+    found = everywhere(lambda: coco_figures(path, results, config.metric, masks) if is_main() else {})[0]
+    boxes = {name: found[name] for name in FIGURES}
+    return boxes | {f"mask_{name}": found["segm"][name] for name in FIGURES if "segm" in found}
+
+
+def _report(entry: dict[str, float], epochs: int, speed: float) -> None:
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name.endswith(("AP", "AP50")))
+    print(f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.3f}, {figures}, {speed:.1f} images/s", flush=True)
+
+
 def _metadata(config: DetectorConfig, spec: DetectorSpec, dataset: CocoSet) -> dict[str, Any]:
+    include: Any = {
+        "model": True, "fpn_channels": True, "norm": True, "frozen_stages": True, "train": True, "seed": True,
+        "amp": True, "data": {"batch_size", "aspect_ratio_groups"},
+    }  # fmt: skip
     return {
         "task": "detection",
         "model": spec.model,
@@ -86,5 +176,5 @@ def _metadata(config: DetectorConfig, spec: DetectorSpec, dataset: CocoSet) -> d
         "category_ids": list(dataset.category_ids),
         "preprocess": config.preprocess.model_dump(),
         # Without paths: who trained it where is nobody's business.
-        "config": config.model_dump(mode="json", include={"model", "fpn_channels", "train", "seed", "amp"}),
+        "config": config.model_dump(mode="json", include=include) | {"processes": world_size()},
     }

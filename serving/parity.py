@@ -17,7 +17,7 @@ from backbones.engine import normalize
 from backbones.errors import InputError
 from backbones.files import list_images
 from backbones.preprocess import canvas_size, classifier_pixels, decode, detector_pixels
-from detection.coco import to_image
+from detection.images import to_image
 from detection.models import Detector
 from serving.artifact import ClassifierArtifact, DetectorArtifact, Parity
 from serving.predictor import Detections, detections

@@ -1,3 +1,9 @@
+import contextlib
+import io
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -5,3 +11,30 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`exported("classifier")`, or of a detector's family: the artefact of a random network.
+
+    Each is exported by the command at most once in a session, since that takes long. Beside it lie its weights,
+    `w.safetensors`, and what the command said, `said.txt`. Tests copy what they change.
+    """
+
+    @cache
+    def export(name: str) -> Path:
+        from exported import classifier_weights, detector_weights  # tests without an artefact start without it
+
+        from serving.__main__ import main
+
+        folder = tmp_path_factory.mktemp(name)
+        weights, artifact, said = folder / "w.safetensors", folder / "m.onnx", io.StringIO()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            classifier_weights(weights) if name == "classifier" else detector_weights(weights, name)
+        with contextlib.redirect_stdout(said):
+            main(["export", "--weights", str(weights), "-o", str(artifact)])
+        (folder / "said.txt").write_text(said.getvalue())
+        return artifact
+
+    return export

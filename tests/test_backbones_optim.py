@@ -7,7 +7,7 @@ from torch import nn
 
 from backbones.config import ClassifierTraining
 from backbones.errors import InputError
-from backbones.optim import create_optimizer, warmup_cosine, warmup_poly, warmup_step
+from backbones.optim import create_optimizer, warmup_cosine, warmup_multistep, warmup_poly, warmup_step
 from backbones.plan import Plan
 
 
@@ -43,6 +43,27 @@ def test_steps_are_timms():
     for epoch in range(3, 20):
         scheduler.step(epoch)
         assert ours.lrs(epoch)[0] == pytest.approx(optimizer.param_groups[0]["lr"])  # at an epoch's start
+
+
+def test_milestones_are_torchs():
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [16, 22], gamma=0.1)
+    ours = plan(epochs=26, lr=0.1, warmup_epochs=0.5, schedule="multistep", milestones=(22, 16), decay_rate=0.1)
+    for epoch in range(26):
+        assert ours.lrs(epoch)[-1] == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert len({*ours.lrs(epoch)}) == (6 if epoch == 0 else 1)
+        optimizer.step()
+        scheduler.step()
+    rates = [warmup_multistep(step, 3, [2, 4], rate=0.5) for step in range(6)]
+    assert rates == pytest.approx([0.25, 0.5, 0.375, 0.5, 0.25, 0.25])  # a milestone within the warm-up
+
+
+@pytest.mark.parametrize("milestones", [(), (8, 12), (0, 8), (16, 22)])
+def test_milestones_lie_within_the_run(milestones):
+    with pytest.raises(
+        InputError, match=r"train.milestones=\[.*give epochs that lie within train.epochs=12, such as \[8\]"
+    ):
+        plan(epochs=12, schedule="multistep", milestones=milestones)
 
 
 def test_a_single_epoch_warms_up_for_half_of_it():

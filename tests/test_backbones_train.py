@@ -70,7 +70,7 @@ import os, signal, sys
 from backbones import engine
 from backbones.__main__ import main
 
-steps, step = [], engine._step
+steps, step = [], engine.take_step
 
 def kill(*args):
     steps.append(1)
@@ -78,7 +78,7 @@ def kill(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     step(*args)
 
-engine._step = kill
+engine.take_step = kill
 main(sys.argv[1:])
 """
 

@@ -7,11 +7,9 @@ from PIL import Image
 from shared_data import real
 
 from backbones.errors import InputError
-from backbones.preprocess import DetectorPreprocess
-from detection.augment import DetectionAugment
-from detection.coco import EvaluationImages, TrainingImages, read_coco
+from detection.coco import load_annotations, read_coco
+from detection.masks import decode
 
-SPEC = DetectorPreprocess(min_size=60, max_size=80, divisor=32)
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 1, "name": "person"}]
 
 
@@ -47,41 +45,33 @@ def test_ids_with_gaps_crowds_and_bad_boxes(tmp_path):
     assert str(dataset) == "2 images (1 without objects), 3 boxes; 1 crowds, 1 clipped, 5 dropped"
 
 
-def test_training_items_scale_boxes_with_the_image(tmp_path):
-    dataset = read_coco(*write(tmp_path / "d", [box(12, 9, 24, 18)]))
-    items = TrainingImages(dataset, SPEC, DetectionAugment(0, 0, 0, 0, seed=0))
-    image, target = items[0]
-    assert image.shape == (3, 60, 80)
-    assert 0 <= image.min() <= image.max() <= 1
-    np.testing.assert_allclose(target["boxes"], [[8, 6, 24, 18]], atol=1e-4)
-    image, target = items[1]
-    assert target["boxes"].shape == (0, 4)
-    assert EvaluationImages(dataset, SPEC)[1][0] == 2
+SQUARE = [10, 20, 40, 20, 40, 60, 10, 60]
 
 
-def test_boxes_follow_their_object_through_every_augmentation():
-    """Draw each box as a white block; wherever augmentation puts the block, the box has to be."""
-    augment = DetectionAugment(0.5, 0.5, 0.0, 0.7, seed=3)
-    moved = set()
-    for index in range(40):
-        pixels = np.zeros((90, 120, 3), np.uint8)
-        pixels[20:50, 30:80] = 255
-        boxes = np.array([[30, 20, 80, 50]], np.float32)
-        image, (found,), labels = augment(Image.fromarray(pixels), boxes, np.array([7]), index)
-        ys, xs = np.nonzero(np.asarray(image)[..., 0] > 127)
-        np.testing.assert_allclose(found, [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], atol=1.01)
-        assert labels.tolist() == [7]
-        moved.add((image.size, tuple(np.round(found))))
-    assert len(moved) > 10
+def test_masks_are_kept_where_they_are_usable(tmp_path):
+    broken = [{}, {"segmentation": []}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": "no"}]
+    broken += [{"segmentation": {"size": [5, 5], "counts": [25]}}, {"segmentation": [["a"] * 6]}, {"segmentation": 3}]
+    annotations = [box(10, 20, 30, 40, segmentation=[SQUARE]), box(10, 10, 0, 5, segmentation=[SQUARE])]
+    annotations += [box(10, 20, 30, 40, **extra) for extra in broken]
+    annotations += [box(0, 0, 9, 9, iscrowd=1, segmentation={"size": [90, 120], "counts": [10800]})]
+    root = write(tmp_path / "d", annotations)
+    dataset = read_coco(*root, masks=True)
+    segmentations = dataset.records[0].segmentations
+    assert segmentations is not None
+    assert [one is not None for one in segmentations] == [True] + [False] * len(broken)
+    assert dataset.cleaned == {"crowds": 1, "clipped": 0, "dropped": 1, "without_mask": len(broken)}
+    np.testing.assert_array_equal(decode(segmentations[0], 90, 120), decode([SQUARE], 90, 120))
+    assert dataset.records[1].segmentations == ()
+    assert read_coco(*root).records[0].segmentations is None
+    with pytest.raises(InputError, match="no segmentations to learn masks from: choose a detector without masks"):
+        read_coco(*write(tmp_path / "d", [box(1, 2, 3, 4)]), masks=True)
 
 
-def test_augmentation_takes_no_boxes_and_boxes_at_the_edge():
-    augment = DetectionAugment(0.5, 0.5, 0.2, 0.5, seed=0)
-    image = Image.new("RGB", (64, 48))
-    for index in range(10):
-        assert augment(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), index)[1].shape == (0, 4)
-        boxes = augment(image, np.array([[0, 0, 64.00001, 48]], np.float32), np.array([1]), index)[1]
-        assert boxes.shape == (1, 4)
+def test_objects_are_numbered_for_pycocotools_and_keep_their_segmentations(tmp_path):
+    annotations = [box(1, 2, 3, 4, id=0, segmentation=[SQUARE]), box(1, 2, 3, 4, id=0)]
+    raw = load_annotations(write(tmp_path / "d", annotations)[1])
+    assert [annotation["id"] for annotation in raw["annotations"]] == [1, 2]
+    assert raw["annotations"][0] | {"id": 0} == annotations[0] | {"area": 12, "iscrowd": 0}
 
 
 @pytest.mark.parametrize(
@@ -95,13 +85,20 @@ def test_augmentation_takes_no_boxes_and_boxes_at_the_edge():
             lambda root: ((root / "a.json").write_text("[]"), (str(root), str(root / "a.json")))[1],
             "not in COCO's format",
         ),
-        (lambda root: write(root, [box(1, 2, 3)]), "not in COCO's format: an entry lacks or breaks"),
-        (lambda root: write(root, [box(1, 2, 3, 4, image=9)]), "unknown image or category"),
+        (lambda root: write(root, [box(1, 2, 3)]), "an entry lacks or breaks .*check-data --annotations"),
+        (
+            lambda root: write(root, [box(1, 2, 3, 4, image=9, id=77)]),
+            "annotation 77 is of an unknown image or category: `python -m detection check-data --annotations .*a.json`",
+        ),
         (lambda root: write(root, [box(1, 2, 3, 4, category=2)]), "unknown image or category"),
         (lambda root: write(root, images=[{"id": 1, "file_name": "no.png"}]), "lists no.png, which is not in"),
         (lambda root: write(root, images=[{"id": 1, "file_name": "a.png"}] * 2), "images need ids"),
         (lambda root: write(root, images=[{"id": "1", "file_name": "a.png"}]), "images need ids"),
         (lambda root: write(root, images=[]), "images need ids"),
+        (
+            lambda root: write(root, images=[{"id": 1, "file_name": "a.png", "width": "120", "height": 90}]),
+            "an entry lacks or breaks width='120'",
+        ),
         (lambda root: write(root, categories=CATEGORIES * 2), "categories need ids"),
         (lambda root: write(root, categories=[]), "categories need ids"),
         (lambda root: write(root, images=[{"id": 1}]), "not in COCO's format: an entry lacks or breaks 'file_name'"),
@@ -123,15 +120,10 @@ def test_a_models_categories_are_the_data_sets(tmp_path):
         dataset.check_categories([7], ["cat"], "m")
 
 
-def test_a_size_that_contradicts_the_annotations_is_an_error(tmp_path):
-    images = [{"id": 1, "file_name": "a.png", "width": 90, "height": 120}]
-    dataset = read_coco(*write(tmp_path / "d", images=images))
-    with pytest.raises(InputError, match="is 120x90 upright, but its annotations say 90x120"):
-        EvaluationImages(dataset, SPEC)[0]
-
-
 def test_real_coco_has_eighty_classes():
     root = real("coco_ccby")
     dataset = read_coco(str(root / "images"), str(root / "instances_val.json"))
     assert (len(dataset.records), len(dataset.classes), dataset.category_ids[-1]) == (45, 80, 90)
     assert dataset.cleaned["crowds"] > 0
+    masks = read_coco(str(root / "images"), str(root / "instances_val.json"), masks=True)
+    assert masks.cleaned == dataset.cleaned | {"without_mask": 0}

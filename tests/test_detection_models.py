@@ -1,65 +1,167 @@
 import pytest
 import torch
-from torchvision.models.detection import (
-    FCOS,
-    FasterRCNN,
-    RetinaNet,
-    fasterrcnn_resnet50_fpn,
-    fcos_resnet50_fpn,
-    retinanet_resnet50_fpn,
-)
+from torch import nn
+from torchvision.models import detection as tv
+from torchvision.models.detection._utils import overwrite_eps
 from torchvision.ops import FrozenBatchNorm2d
 
+from backbones.config import load_config
 from backbones.cspnet import create_model
 from backbones.errors import InputError
 from backbones.preprocess import DetectorPreprocess
 from backbones.weights import save_weights
-from detection.models import DetectorSpec, build_detector, create_detector, load_detector, thresholds
+from detection import published
+from detection.config import DetectorConfig
+from detection.models import (
+    DetectorSpec,
+    build_detector,
+    canonical_name,
+    create_detector,
+    has_masks,
+    load_detector,
+    spec_of,
+    start_from,
+    thresholds,
+)  # fmt: skip
+from detection.spec import names
 
 SMALL = DetectorPreprocess(min_size=128, max_size=128)
-FAMILIES = {"fasterrcnn": FasterRCNN, "retinanet": RetinaNet, "fcos": FCOS}
-TWINS = {"fasterrcnn": fasterrcnn_resnet50_fpn, "retinanet": retinanet_resnet50_fpn, "fcos": fcos_resnet50_fpn}
+CLASSES = {"fasterrcnn": tv.FasterRCNN, "retinanet": tv.RetinaNet, "fcos": tv.FCOS, "maskrcnn": tv.MaskRCNN}
+IMAGES = [torch.rand(3, 128, 96), torch.rand(3, 90, 128)]
 
 
-def small(family: str, backbone: str = "cspresnet10", **settings):
-    return create_detector(f"{family}_{backbone}_fpn", 4, fpn_channels=64, preprocess=SMALL, **settings)
+def small(family: str, backbone: str = "cspresnet10", neck: str = "fpn", **settings):
+    return create_detector(f"{family}_{backbone}_{neck}", 4, fpn_channels=64, preprocess=SMALL, **settings)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("backbone", ["cspresnet10", "cspresnext10", "cspdarknet10"])
-def test_trains_and_detects_on_images_with_and_without_objects(family, backbone):
-    model = small(family, backbone).train()
-    assert isinstance(model, FAMILIES[family])
-    images = [torch.rand(3, 128, 96), torch.rand(3, 90, 128)]
-    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    targets = [{"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([3])}, empty]
-    losses = model(images, targets)
+def save(path, module, **metadata):
+    known = {"task": "detection", "model": module.spec.model, "detector": module.spec.model_dump()}
+    save_weights(path, module, known | {"preprocess": SMALL.model_dump()} | metadata)
+    return path
+
+
+def hasten(model):
+    """Fewer candidates: nothing here depends on their number."""
+    if isinstance(model, tv.FasterRCNN):
+        model.rpn._post_nms_top_n, model.roi_heads.batch_size_per_image = {"training": 50, "testing": 50}, 16
+        model.roi_heads.detections_per_img = 10
+    else:
+        model.topk_candidates = 50
+    return model
+
+
+NAMES = [name for name in names(["cspresnet10"]) if "fcos" not in name or "fpn" in name]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "fcos_cspresnext10_efm", "retinanet_cspdarknet10_plain_fpn"])
+def test_trains_and_detects_on_images_with_and_without_objects(name):
+    model = hasten(create_detector(name, 4, fpn_channels=64, preprocess=SMALL)).train()
+    assert isinstance(model, CLASSES[name.partition("_")[0]])
+    one = {"boxes": torch.tensor([[10.0, 10, 60, 70]]), "labels": torch.tensor([3])}
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    masks = torch.ones(1, 128, 96, dtype=torch.uint8), torch.zeros(0, 90, 128, dtype=torch.uint8)
+    losses = model(IMAGES, [one | {"masks": masks[0]}, none | {"masks": masks[1]}])
     assert all(torch.isfinite(loss) for loss in losses.values())
+    assert ("loss_mask" in losses) == has_masks(name) == has_masks(model)
     sum(losses.values()).backward()
-    assert torch.isfinite(sum(model([images[0]], [empty]).values()))
+    assert torch.isfinite(sum(model([IMAGES[1]], [none | {"masks": masks[1]}]).values()))
     with torch.inference_mode():
-        outputs = model.eval()(images)
-    assert [set(output) for output in outputs] == [{"boxes", "scores", "labels"}] * 2
+        outputs = model.eval()(IMAGES)
+    keys = {"boxes", "scores", "labels"} | ({"masks"} if has_masks(model) else set())
+    assert [set(output) for output in outputs] == [keys] * 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_anchors_and_settings_are_torchvisions(family):
-    model = create_detector(f"{family}_cspresnet50_fpn", 91)
-    twin = TWINS[family](weights=None, weights_backbone=None)
-    anchors = [(m.rpn if family == "fasterrcnn" else m).anchor_generator for m in (model, twin)]
-    for ours, theirs in zip(anchors[0].cell_anchors, anchors[1].cell_anchors, strict=True):
-        assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("name", published.WEIGHTS)
+@torch.inference_mode()
+def test_is_torchvisions_own_over_resnet50(name):
+    """The same keys, and on the same weights and pixels the same boxes, scores, labels and masks."""
+    twin = getattr(tv, name)(weights=None, weights_backbone=None, num_classes=5)
+    with torch.device("meta"):
+        model = create_detector(name, 5, preprocess=SMALL)
     assert thresholds(model) == thresholds(twin)
-    features = model.backbone(torch.zeros(1, 3, 256, 256))
-    assert len(features) == len(anchors[0].sizes)
-    for stride, feature in zip(model.backbone.strides, features.values(), strict=True):
-        assert feature.shape == (1, 256, 256 // stride, 256 // stride)
+    if name.startswith("retinanet"):
+        assert model.head.regression_head._loss_type == twin.head.regression_head._loss_type
+    model.load_state_dict(twin.state_dict(), assign=True)
+    for detector in (model, twin):
+        hasten(detector).eval()
+        at = detector.roi_heads if isinstance(detector, tv.FasterRCNN) else detector
+        at.score_thresh = 0.0
+    twin.transform = model.transform
+    for ours, theirs in zip(model(IMAGES), twin(IMAGES), strict=True):
+        assert ours.keys() == theirs.keys() and len(theirs["boxes"]) > 5
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-4)
+        assert "masks" not in ours or ours["masks"].shape == (len(ours["boxes"]), 1, 28, 28)
 
 
-def test_settings_reach_each_family():
-    for family in FAMILIES:
-        model = small(family, score_threshold=0.3, nms_iou=0.4, max_detections=7)
-        assert thresholds(model) == {"score_threshold": 0.3, "nms_iou": 0.4, "max_detections": 7}
+@pytest.fixture(scope="module")
+def twin():
+    """torchvision's own, with running statistics that eps matters to."""
+    model = tv.retinanet_resnet50_fpn(weights=None, weights_backbone=None).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(1e-4, 2e-3)
+            module.weight.data.uniform_(0.01, 0.03)
+    return model
+
+
+def old_spelling(state):
+    """The parameter names of a file from before torchvision 0.14."""
+    moved = (".inner_blocks.", ".layer_blocks.")
+    return {key.replace(".0.weight", ".weight").replace(".0.bias", ".bias") if any(m in key for m in moved) else key: v
+            for key, v in state.items()}  # fmt: skip
+
+
+@torch.inference_mode()
+def test_published_weights_come_with_coco_and_without_eps(tmp_path, monkeypatch, twin):
+    name = "retinanet_resnet50_fpn"
+    path = tmp_path / "w.pth"
+    torch.save(old_spelling(twin.state_dict()), path)
+    model, metadata = load_detector(path, SMALL, model=name, score_threshold=0.0)
+    assert "published" not in metadata  # somebody's own training
+    frozen = tv.retinanet_resnet50_fpn(weights=None, weights_backbone=None, score_thresh=0.0).eval()
+    frozen.backbone.body = build_detector(model.spec, SMALL).backbone.body
+    frozen.load_state_dict(twin.state_dict(), strict=False)
+    frozen.transform = model.transform
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(model.backbone(x)["c5"], frozen.backbone(x)["c5"])
+
+    monkeypatch.setattr(published, "is_published", lambda *_: True)
+    monkeypatch.setattr(published, "_download", lambda _: old_spelling(twin.state_dict()))
+    overwrite_eps(frozen, 0.0)
+    for source in (path, "torchvision"):
+        model, metadata = load_detector(source, SMALL, model=name)
+        assert metadata["published"] == {"box_map": 36.4}
+        known = dict(zip(metadata["category_ids"], metadata["classes"], strict=True))
+        assert (known[1], known[90], len(known)) == ("person", "toothbrush", 90)
+        torch.testing.assert_close(model.backbone(x)["c5"], frozen.backbone(x)["c5"])
+        again, _ = load_detector(save(tmp_path / "again.safetensors", model, **metadata))
+        assert torch.equal(again.backbone(x)["c5"], model.backbone(x)["c5"])
+    with pytest.raises(InputError, match="torchvision published several detectors"):
+        load_detector("torchvision")
+    with pytest.raises(InputError, match="does not hold torchvision's fcos_resnet50_fpn"):
+        load_detector(path, model="fcos_resnet50_fpn")
+
+
+def test_no_network_is_said_in_a_line(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    for what in (lambda: published.fetch("fcos_resnet50_fpn"), lambda: published.resnet50_weights("torchvision")):
+        with pytest.raises(InputError, match="cannot download https://.*no route to host.*give its path"):
+            what()
+    with pytest.raises(InputError, match="torchvision has no weights of fcos_cspresnet50_fpn"):
+        published.fetch("fcos_cspresnet50_fpn")
+    with pytest.raises(InputError, match="torchvision has no weights of cspresnet10"):
+        small("fcos", weights_backbone="torchvision")
+
+
+def test_published_files_are_known_by_their_hash(tmp_path, monkeypatch):
+    (tmp_path / "w.pth").write_bytes(b"weights")
+    monkeypatch.setattr(published, "sha256", lambda _: "99b0c9b7" + "0" * 56)
+    assert published.is_published("fcos_resnet50_fpn", tmp_path / "w.pth")
+    assert not published.is_published("retinanet_resnet50_fpn", tmp_path / "w.pth")
 
 
 @torch.inference_mode()
@@ -71,41 +173,132 @@ def test_images_are_not_resized_again():
     assert seen == [(1, 3, 128, 128)]
 
 
-def test_batchnorm_is_frozen_over_pretrained_weights_alone(tmp_path):
+def kinds(model) -> set[type]:
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, FrozenBatchNorm2d)
+    return {type(module) for module in model.modules() if isinstance(module, norms)}
+
+
+def frozen_children(model) -> int:
+    body = model.backbone.body
+    return sum(
+        not any(p.requires_grad for p in m.parameters())
+        for m in (*body.stem, *body.stages)
+        if len(list(m.parameters()))
+    )
+
+
+def test_norms_and_frozen_stages(tmp_path):
     weights = tmp_path / "w.pth"
     torch.save(create_model("cspresnet10", 5).state_dict(), weights)
-
-    def frozen(**settings):
-        return any(isinstance(module, FrozenBatchNorm2d) for module in small("fcos", **settings).modules())
-
-    assert not frozen()
-    assert frozen(weights_backbone=weights)
-    assert not frozen(weights_backbone=weights, frozen_batchnorm=False)
-    body = small("fcos", weights_backbone=weights).backbone.body
+    retina = "retinanet"
+    assert kinds(small(retina)) == {nn.BatchNorm2d} and frozen_children(small(retina)) == 0
+    pretrained = small(retina, weights_backbone=weights)
+    assert kinds(pretrained) == {FrozenBatchNorm2d} and frozen_children(pretrained) == 2  # stem and c2
     state = torch.load(weights, weights_only=True)
-    assert all(torch.equal(value, state[key]) for key, value in body.state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in pretrained.backbone.body.state_dict().items())
+    other = small(retina, weights_backbone=weights, norm="batch", frozen_stages="stem")
+    assert kinds(other) == {nn.BatchNorm2d} and frozen_children(other) == 1
+    assert not other.train().backbone.body.stem[0].bn.training  # its statistics stay as they are
+    assert kinds(small("fasterrcnn", neck="fpn_v2", norm="sync")) == {nn.SyncBatchNorm}
+    assert kinds(small("fasterrcnn", neck="fpn_v2", norm="group")) == {nn.GroupNorm}
+    with pytest.raises(InputError, match="norm=frozen freezes random weights: give weights_backbone"):
+        small(retina, norm="frozen")
+    with pytest.raises(InputError, match="frozen_stages=c3 freezes random weights"):
+        small(retina, frozen_stages="c3")
+    with pytest.raises(InputError, match="trained with BatchNorm, whose statistics GroupNorm"):
+        small(retina, weights_backbone=weights, norm="group")
 
 
-@pytest.mark.parametrize("frozen", [True, False])
+def test_group_norm_looks_at_one_image_alone():
+    body = create_model("cspdarknet10", 0, batchnorm="group").train()
+    groups = {m.num_groups for m in body.modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {16, 32}  # 16 channels have no 32 groups
+    images = torch.randn(2, 3, 64, 64)
+    alone = body.forward_features(images[:1])["c5"]
+    torch.testing.assert_close(body.forward_features(images)["c5"][:1], alone, rtol=1e-3, atol=1e-4)
+
+
+def config_of(tmp_path, *overrides: str) -> DetectorConfig:
+    path = tmp_path / "c.yaml"
+    path.write_text("model: fcos_cspresnet10_fpn\npreprocess: {min_size: 128, max_size: 128}\n")
+    return load_config(DetectorConfig, path, overrides)
+
+
+def test_a_config_says_whether_weights_will_come(tmp_path):
+    assert spec_of(config_of(tmp_path), 4).norm == "batch"
+    for key in ("weights", "weights_backbone"):
+        spec = spec_of(config_of(tmp_path, f"{key}=w.safetensors", "levels=[c3, c4]", "nms_iou=0.4"), 4)
+        assert (spec.norm, spec.frozen_stages, spec.levels, spec.nms_iou) == ("frozen", "c2", ("c3", "c4"), 0.4)
+        assert spec_of(config_of(tmp_path, f"{key}=w", "norm=frozen", "frozen_stages=none"), 4).frozen_stages == "none"
+    with pytest.raises(InputError, match="norm=frozen freezes random weights"):
+        spec_of(config_of(tmp_path, "norm=frozen"), 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"norm": "frozen", "frozen_stages": "c2"}, {"norm": "batch"}, {"norm": "sync"}, {"norm": "group"},
+     {"levels": ("c2", "c3"), "extra_levels": "pool"}],
+)  # fmt: skip
 @torch.inference_mode()
-def test_saved_detectors_come_back(tmp_path, frozen):
-    spec = DetectorSpec(model="fcos_cspresnet10_fpn", num_classes=4, fpn_channels=64, frozen_batchnorm=frozen)
+def test_saved_detectors_come_back(tmp_path, settings):
+    spec = DetectorSpec(model="fcos_cspresnet10_efm", num_classes=4, fpn_channels=64, **settings)
     model = build_detector(spec, SMALL).eval()
-    metadata = {"task": "detection", "detector": spec.model_dump(), "preprocess": SMALL.model_dump()}
-    save_weights(tmp_path / "w.safetensors", model, metadata)
-    again, _ = load_detector(tmp_path / "w.safetensors", score_threshold=0.01)
-    assert thresholds(again)["score_threshold"] == 0.01
-    again = load_detector(tmp_path / "w.safetensors")[0].eval()
-    image = torch.rand(3, 128, 128)
-    for key, value in model([image])[0].items():
-        assert torch.equal(again([image])[0][key], value)
+    path = save(tmp_path / "w.safetensors", model)
+    again, metadata = load_detector(path, score_threshold=0.01, model="fcos_cspresnet10_efm")
+    assert thresholds(again)["score_threshold"] == 0.01 == metadata["detector"]["score_threshold"]
+    again = load_detector(path)[0].eval()
+    for key, value in model([IMAGES[0]])[0].items():
+        assert torch.equal(again([IMAGES[0]])[0][key], value)
+
+
+def test_starting_from_another_detector(tmp_path):
+    source = small("retinanet")
+    path = save(tmp_path / "w.safetensors", source)
+    model = create_detector("retinanet_cspresnet10_fpn", 7, fpn_channels=64, preprocess=SMALL)
+    said = start_from(model, path)
+    total = sum(not key.endswith("num_batches_tracked") for key in model.state_dict())
+    assert f"a retinanet_cspresnet10_fpn: {total - 2} of {total} tensors" in said
+    assert "left as they were: head.classification_head.cls_logits" in said and "not used" not in said
+    for key, value in source.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]) == ("cls_logits" not in key)
+    # A frozen backbone is filled as well, and other levels' convolutions of the same shape are not taken for these.
+    spec = DetectorSpec(
+        model="fcos_cspresnet10_fpn", num_classes=4, fpn_channels=64, norm="frozen", levels=("c2", "c3", "c4")
+    )
+    other = build_detector(spec, SMALL)
+    said = start_from(other, path)
+    assert all(
+        torch.equal(v, source.backbone.body.state_dict()[k]) for k, v in other.backbone.body.state_dict().items()
+    )
+    assert "left as they were: backbone.fpn" in said and "not used: backbone.body.stages.3" in said
+
+
+def test_what_cannot_be_started_from(tmp_path):
+    path = save(tmp_path / "w.safetensors", small("fcos"))
+    frozen = DetectorSpec(model="fcos_cspresnext10_fpn", num_classes=4, fpn_channels=64, norm="frozen")
+    with pytest.raises(InputError, match="lacks backbone.body.* would stay random: give norm=batch"):
+        start_from(build_detector(frozen, SMALL), path)
+    with pytest.raises(InputError, match="trained with norm=batch, which norm=group is not: set norm=frozen or"):
+        start_from(small("fcos", norm="group"), path)
+    with pytest.raises(
+        InputError, match=r"nothing of .*w.safetensors, a fcos_cspresnet10_fpn, fits fasterrcnn_cspresnext10_efm"
+    ):
+        start_from(small("fasterrcnn", "cspresnext10", "efm"), path)
 
 
 def test_bad_names_and_files(tmp_path):
     with pytest.raises(InputError, match="unknown detector 'fcos_cspresnet5_fpn': did you mean"):
         create_detector("fcos_cspresnet5_fpn")
-    with pytest.raises(InputError, match="unknown detector 'yolo'"):
-        create_detector("yolo")
+    for name in ("yolo", "fcos_resnet50_fpn_v2", "fcos_resnet50_plain_fpn", "fcos_cspresnet50_pan"):
+        with pytest.raises(InputError, match=f"unknown detector '{name}'"):
+            create_detector(name)
+    assert canonical_name("maskrcnn_cspdarknet53_plain_efm_v2") == "maskrcnn_cspdarknet50_plain_efm_v2"
+    assert has_masks("maskrcnn_resnet50_fpn") and not has_masks("fasterrcnn_resnet50_fpn")
     save_weights(tmp_path / "c.safetensors", create_model("cspresnet10", 2), {"model": "cspresnet10"})
     with pytest.raises(InputError, match="holds cspresnet10, no detector"):
         load_detector(tmp_path / "c.safetensors")
+    path = save(tmp_path / "d.safetensors", small("fcos"), detector={"model": "fcos_cspresnet10_fpn", "neck": 1})
+    with pytest.raises(InputError, match="says of itself num_classes: Field required; was it written by another"):
+        load_detector(path)
+    with pytest.raises(InputError, match="holds fcos_cspresnet10_fpn, not fcos_cspresnet50_fpn: set model="):
+        load_detector(path, model="fcos_cspresnet50_fpn")

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_serving_export import classifier_weights, detector_weights
 
 import backbones.evaluate
 import detection.evaluate
@@ -19,7 +18,6 @@ from serving.__main__ import main
 from serving.batch import run_batch
 from serving.config import ServingConfig
 from serving.evaluate import ArtifactSource, EndpointSource, ResultsSource, run_eval
-from serving.export import run_export
 from serving.serve import start
 from serving.shapes import CLASSES, draw_classification, draw_detection
 
@@ -44,14 +42,15 @@ def annotate_own_detections(root: Path, config: str, overrides: list[str]) -> No
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory):
+def line(exported, tmp_path_factory):
     """Data, artefacts, batch results and a live service; and the two commands' arguments."""
     root = tmp_path_factory.mktemp("line")
     torch.manual_seed(0)
     draw_three_classes(root / "c", 30)
     draw_detection(root / "d", {"val": 13}, seed=1, size=160)
-    run_export(str(classifier_weights(root / "c.safetensors")), root / "c.onnx")
-    run_export(str(detector_weights(root / "d.safetensors")), root / "d.onnx")
+    for name, artifact in (("c", exported("classifier")), ("d", exported("fcos"))):
+        shutil.copy(artifact, root / f"{name}.onnx")
+        shutil.copy(artifact.with_name("w.safetensors"), root / f"{name}.safetensors")
     classifier = [
         f"data.root={root / 'c'}", "num_classes=3", "preprocess.resize=40", "preprocess.crop=32", f"output={root}",
     ]  # fmt: skip

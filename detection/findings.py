@@ -1,0 +1,78 @@
+"""What the checks of a data set find and know, and how they look at values that may be anything."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeGuard
+
+Entry = dict[str, Any]
+Found = Iterator[tuple[str, str]]  # kind, message
+WARNINGS = {
+    "annotation-without-id", "area-disagrees", "box-larger-than-image", "box-partly-outside", "category-name-twice",
+    "category-without-name", "category-without-objects", "crowd-without-rle", "file-turned", "image-without-size",
+    "object-twice", "segmentation-empty", "segmentation-far-from-box",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A defect: its kind, and the annotation, image, category or file that has it."""
+
+    kind: str
+    what: Literal["file", "image", "category", "annotation"]
+    id: Any
+    message: str
+    image_id: int | None = None
+
+    @property
+    def level(self) -> str:
+        """`error` or `warning`."""
+        return "warning" if self.kind in WARNINGS else "error"
+
+    def __str__(self) -> str:
+        image = f" of image {self.image_id}" if self.what == "annotation" and self.image_id is not None else ""
+        return f"{self.level}: {self.what} {self.id}{image}: {self.kind}: {self.message}"
+
+
+@dataclass
+class Known:
+    """What has been read so far: entries by id, each id's first, and objects seen."""
+
+    images: dict[int, Entry] = field(default_factory=dict)
+    categories: dict[int, Entry] = field(default_factory=dict)
+    annotations: set[Any] = field(default_factory=set)
+    objects: dict[Any, Any] = field(default_factory=dict)  # image, category, box -> annotation id
+
+    def size(self, annotation: Entry) -> tuple[int, int] | None:
+        """Height and width of an annotation's image, if they are known and sound."""
+        image: Entry = self.images.get(hashable(annotation.get("image_id")), {})
+        height, width = image.get("height"), image.get("width")
+        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) <= 0:
+            return None
+        return height, width
+
+
+def box_of(entry: Entry) -> list[float] | None:
+    """An annotation's bbox if it is four numbers, finite or not."""
+    box = entry.get("bbox")
+    return box if isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) else None
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """An integer or a float; JSON's booleans are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def integer(value: Any) -> int | None:
+    """The value if it is an integer."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def hashable(value: Any) -> Any:
+    """A value that a table can be asked for, whatever the JSON holds."""
+    return value if isinstance(value, int | float | str) else None if value is None else str(value)
+
+
+def short(value: object) -> str:
+    """A value as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

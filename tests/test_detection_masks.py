@@ -1,0 +1,85 @@
+"""Masks against pycocotools' own way, and against shapes whose pixels are known."""
+
+import json
+from array import array
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from shared_data import real
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from backbones.errors import InputError
+from detection.masks import decode, encode, is_usable, paste
+
+
+def test_polygons_and_run_lengths_are_the_pixels_they_describe():
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 10:25] = 1
+    rectangle = [10, 5, 25, 5, 25, 15, 10, 15]
+    np.testing.assert_array_equal(decode([rectangle], 20, 30), mask)
+    np.testing.assert_array_equal(decode([array("d", rectangle)], 20, 30), mask)
+    mask[0:3, 0:4] = 1
+    two = [rectangle, [0, 0, 4, 0, 4, 3, 0, 3]]
+    np.testing.assert_array_equal(decode(two, 20, 30), mask)
+    np.testing.assert_array_equal(decode([*two, [1, 2, 3], [4, 4, 9, 9], []], 20, 30), mask)  # those are no polygons
+    column_by_column = mask.T.reshape(-1)
+    changes = np.flatnonzero(np.diff(column_by_column, prepend=0, append=column_by_column[-1])).tolist()
+    counts = np.diff([0, *changes, mask.size]).tolist()
+    np.testing.assert_array_equal(decode({"size": [20, 30], "counts": counts}, 20, 30), mask)
+    (run,) = encode(torch.from_numpy(mask)[None] > 0)
+    assert json.loads(json.dumps(run)) == run
+    np.testing.assert_array_equal(decode(run, 20, 30), mask)
+    np.testing.assert_array_equal(decode({**run, "counts": run["counts"].encode()}, 20, 30), mask)
+
+
+def test_any_masks_survive_their_encoding():
+    masks = torch.from_numpy(np.random.default_rng(0).random((7, 33, 21)) < np.linspace(0, 1, 7)[:, None, None])
+    found = np.stack([decode(run, 33, 21) for run in encode(masks)])
+    np.testing.assert_array_equal(found, masks.numpy())
+    assert encode(torch.zeros((0, 4, 4), dtype=torch.bool)) == []
+
+
+def test_real_masks_are_those_of_pycocotools():
+    path = real("coco_ccby") / "instances_val.json"
+    coco = COCO(str(path))
+    compared = 0
+    for annotation in coco.dataset["annotations"]:
+        image = coco.imgs[annotation["image_id"]]
+        found = decode(annotation["segmentation"], image["height"], image["width"])
+        np.testing.assert_array_equal(found, coco.annToMask(annotation))
+        compared += annotation["iscrowd"]
+    assert compared > 0
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], "no polygon"),
+        ([[1, 2, 3, 4, 5]], "no polygon"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "no polygon"),
+        ({"size": [30, 20], "counts": [600]}, "not of 30x20 pixels"),
+        ({"size": [20, 30]}, "not of 30x20 pixels"),
+        ({"size": [20, 30], "counts": [5, 5]}, "do not add up to its 30x20 pixels"),
+        ({"size": [20, 30], "counts": [-5, 605]}, "do not add up to its 30x20 pixels"),
+        ({"size": [20, 30], "counts": "oooo"}, "run lengths"),
+        ({"size": [20, 30], "counts": "é"}, "run lengths"),
+    ],
+)
+def test_a_broken_segmentation_is_an_error(segmentation, message):
+    with pytest.raises(InputError, match=message):
+        decode(segmentation, 20, 30)
+    assert not is_usable(None, None)
+
+
+def test_pasting_is_torchvisions_at_one_half():
+    masks = torch.rand((5, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[2.0, 3, 20, 30], [0, 0, 60, 40], [-5, -5, 10, 12], [50, 30, 80, 70], [7.2, 7.4, 7.9, 7.8]])
+    found = paste(masks, boxes, (40, 60))
+    assert found.dtype == torch.bool
+    torch.testing.assert_close(found, paste_masks_in_image(masks, boxes, (40, 60))[:, 0] > 0.5)
+    assert paste(masks[:0], boxes[:0], (40, 60)).shape == (0, 40, 60)
+    whole = paste(torch.ones((1, 1, 28, 28)), torch.tensor([[10.0, 5, 25, 15]]), (20, 30))[0]
+    ys, xs = whole.nonzero().T
+    np.testing.assert_allclose([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], [10, 5, 25, 15], atol=1)
