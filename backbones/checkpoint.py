@@ -1,6 +1,5 @@
 """A training run's device, seeds and folder, from which it resumes exactly; both packages' training uses it."""
 
-import csv
 import itertools
 import math
 import random
@@ -14,14 +13,15 @@ from torch.optim.swa_utils import AveragedModel
 
 from backbones.distributed import grouped, is_main, local_rank, on_main, world_size
 from backbones.errors import InputError
-from backbones.files import check_writable, remove_leftovers, write_aside, write_json
+from backbones.files import check_writable, remove_leftovers, write_aside, write_csv, write_json
 from backbones.weights import save_weights
 
 # What a run writes, but TensorBoard's log and a detector's diverged batches.
 FILES = ("best.safetensors", "last.safetensors", "history.json", "history.csv", "last.pt")
 # What may differ between a run and its resumption.
 PLACES = {"root", "ground_truth", "real_labels", "train_images", "train_annotations", "images", "annotations"}
-ANY_TIME: Any = {"resume": True, "output": True, "device": True, "data": {"workers"} | PLACES}
+STARTS = {"weights", "weights_backbone"}  # that a resumed run has behind it
+ANY_TIME: Any = dict.fromkeys({"resume", "output", "device", "metric"} | STARTS, True) | {"data": {"workers"} | PLACES}
 
 
 def pick_device(name: str) -> torch.device:
@@ -49,6 +49,18 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def find_checkpoint(config: Any) -> Path:
+    """The `last.pt` that a config's run goes on from.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(config.output) / "last.pt"
+    if not path.is_file():
+        raise InputError(f"resume=true but there is no {path}: give the output folder of the run to go on with")
+    return path
 
 
 class Run:
@@ -94,7 +106,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         on_main(_clear, self.output, config.resume)
         if config.resume:
-            self._load(self.output / "last.pt")
+            self._load(find_checkpoint(config))
 
     def finish_epoch(self, entry: dict[str, float]) -> None:
         """Keep an epoch: its figures, all that the next one depends on, and the weights, also as the best if they are.
@@ -108,10 +120,8 @@ class Run:
         for name in ("last", "best") if entry[self.metric] > best else ("last",):
             save_weights(self.output / f"{name}.safetensors", self.weights, self.metadata)
         write_json(self.output / "history.json", self.history)
-        with write_aside(self.output / "history.csv") as aside, aside.open("w", newline="") as file:
-            rows = csv.DictWriter(file, self.history[0])
-            rows.writeheader()
-            rows.writerows(self.history)
+        names = list(self.history[0])
+        write_csv(self.output / "history.csv", names, ([row[name] for name in names] for row in self.history))
         state = {name: part.state_dict() for name, part in self.parts.items()}
         with write_aside(self.output / "last.pt") as aside:
             torch.save(state | {"history": self.history, "settings": self.settings}, aside)
@@ -122,8 +132,6 @@ class Run:
         return {"best": best, "history": self.history, "weights": str(self.output / "best.safetensors")}
 
     def _load(self, path: Path) -> None:
-        if not path.is_file():
-            raise InputError(f"resume=true but there is no {path}: give the output folder of the run to go on with")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = state["settings"]

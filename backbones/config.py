@@ -46,7 +46,9 @@ class Recipe(Section):
     milestones: tuple[float, ...] = ()  # after these epochs (`multistep`)
     warmup_epochs: float = Field(default=1.0, ge=0)  # of a single epoch, at most half
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = True  # SGD's momentum
     weight_decay: float = Field(default=1e-4, ge=0)
+    decay_norms: bool = False  # biases and normalisation too
     clip_grad_norm: float | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, ge=1)  # batches a step
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay of the averaged weights, which are then evaluated

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from backbones.errors import InputError
 
 T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # for the main process's figures and report; NCCL's own is ten minutes
 
 
 def rank() -> int:
@@ -67,7 +69,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except ValueError as error:  # such as MASTER_ADDR, which srun and mpirun do not set
         raise InputError(
             f"RANK and WORLD_SIZE are set, but no group can be made ({error}): start by torchrun"
@@ -87,23 +89,47 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def together(work: Callable[[], T]) -> T:
+    """What `work` gives in this process.
+
+    Raises:
+        InputError: one of the processes met it. All raise it, so that none waits in vain for another.
+    """
+    if world_size() == 1:
+        return work()
+    results, problem = [], None
+    try:
+        results.append(work())
+    except InputError as error:
+        problem = str(error)
+    for met in gather(problem):
+        if met is not None:
+            raise InputError(met)
+    return results[0]
+
+
 def everywhere(work: Callable[[], T]) -> list[T]:
     """What `work` gives in each process of torchrun, in order of rank, on every one.
 
     Raises:
-        InputError: one of them met it. All raise it, so that none waits in vain for another's result.
+        InputError: one of them met it; all raise it.
     """
-    try:
-        mine, problem = work(), None
-    except InputError as error:
-        if world_size() == 1:
-            raise
-        mine, problem = None, str(error)
-    outcomes = gather((mine, problem))
-    for _, problem in outcomes:
-        if problem is not None:
-            raise InputError(problem)
-    return [value for value, _ in outcomes]
+    return gather(together(work))
+
+
+def collect(work: Callable[[], T]) -> list[T]:
+    """What `work` gives in each process, in order of rank, on the main one; the others, which need no room for it, have
+    nothing.
+
+    Raises:
+        InputError: one of them met it; all raise it.
+    """
+    mine = together(work)
+    if not dist.is_initialized():
+        return [mine]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(mine, values)
+    return values or []
 
 
 def on_main(work: Callable[..., object], *args: object) -> None:
@@ -117,4 +143,4 @@ def on_main(work: Callable[..., object], *args: object) -> None:
         if is_main():
             work(*args)
 
-    everywhere(mine)
+    together(mine)

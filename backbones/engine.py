@@ -115,11 +115,11 @@ def train_one_epoch(
 
 
 def _show(bar: Any, totals: Tensor, lr: float, start: float, broken: str) -> None:
-    """The figures so far on the progress bar; stop where they are not finite."""
-    loss_sum, _, seen = totals.tolist()
+    """All processes' figures so far on the progress bar; where they are not finite, all stop."""
+    loss_sum, _, seen = (sum(column) for column in zip(*gather(totals.tolist()), strict=True))
     if not math.isfinite(loss_sum):
         raise InputError(broken.format(loss_sum) + ": lower train.lr or lengthen the warm-up")
-    speed = seen * world_size() / (time.monotonic() - start)
+    speed = seen / (time.monotonic() - start)
     bar.set_postfix(loss=f"{loss_sum / seen:.3f}", lr=f"{lr:.2g}", images_s=f"{speed:.0f}", refresh=False)
 
 

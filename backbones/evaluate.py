@@ -1,9 +1,8 @@
 """The work of `python -m backbones eval`: a checkpoint's figures under its protocol, and the report of them."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ import torch
 from backbones.checkpoint import pick_device
 from backbones.config import ClassifierConfig
 from backbones.cspnet import CSPNet, create_model, get_variant
-from backbones.distributed import everywhere, on_main, world_size
+from backbones.distributed import on_main, together, world_size
 from backbones.engine import Predictions, predict
 from backbones.files import check_writable, sha256, versions, write_json
 from backbones.imagenet import ImageNet, list_samples
@@ -21,7 +20,6 @@ from backbones.published import RELEASES
 from backbones.weights import read_metadata, resolve
 
 VERSIONS = ("torch", "torchvision", "pillow", "numpy")
-T = TypeVar("T")
 VALIDATION = 50_000  # images of ImageNet's validation split, on which the published figures were measured
 
 
@@ -37,7 +35,7 @@ def run_eval(config: ClassifierConfig, device: torch.device | None = None) -> di
     name, _ = get_variant(config.model)
     on_main(check_writable, config.output)
     weights = find_weights(config)
-    dataset, classes, model = _together(lambda: _load(config, name, weights))
+    dataset, classes, model = together(lambda: _load(config, name, weights))
     device = device or pick_device(config.device)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -89,27 +87,16 @@ def find_weights(config: ClassifierConfig) -> Path | None:
             process; all raise it.
     """
     source, (name, _) = config.weights, get_variant(config.model)
-    _together(lambda: _check_root(config))
+    together(lambda: _check_root(config))
     if source is None:
         return None
     on_main(resolve, source, name)
-    return _together(lambda: resolve(source, name))
+    return together(lambda: resolve(source, name))
 
 
 def _check_root(config: ClassifierConfig) -> None:
     if config.data.root is None or not Path(config.data.root).exists():
         list_samples(config.data, config.data.split, config.num_classes)
-
-
-def _together(work: Callable[[], T]) -> T:
-    """What `work` gives in this process; an `InputError` that any process meets is raised by all."""
-    results: list[T] = []
-
-    def mine() -> None:
-        results.append(work())
-
-    everywhere(mine)
-    return results[0]
 
 
 def _load(config: ClassifierConfig, name: str, weights: Path | None) -> tuple[ImageNet, list[str], CSPNet]:

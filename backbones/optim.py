@@ -19,11 +19,18 @@ def create_optimizer(
     lr: float,
     momentum: float,
     weight_decay: float,
+    *,
+    nesterov: bool = True,
+    decay_norms: bool = False,
 ) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, RMSProp, or AdamW or LAMB with `momentum` as their beta1.
+    """SGD, RMSProp, or AdamW or LAMB with `momentum` as their beta1.
 
-    They update what requires gradients; biases and normalisation layers' parameters are not decayed. LAMB is timm's,
-    without its own clipping. RMSProp is timm's after TensorFlow 1, with 0.001 within the root, as timm trains by it.
+    They update what requires gradients. LAMB is timm's, without its own clipping. RMSProp is timm's after
+    TensorFlow 1, with 0.001 within the root, as timm trains by it.
+
+    Args:
+        nesterov: the momentum of SGD.
+        decay_norms: decay biases and normalisation layers' parameters too.
 
     Raises:
         InputError: LAMB or RMSProp without timm.
@@ -31,14 +38,14 @@ def create_optimizer(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": weight_decay if decay_norms else 0.0},
     ]
     fused = all(parameter.device.type in FUSED for parameter in parameters)
     if name in ("lamb", "rmsprop"):
         return _timms(name, groups, lr, momentum)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=fused)
 
 
 def _timms(name: str, groups: list[dict[str, object]], lr: float, momentum: float) -> torch.optim.Optimizer:

@@ -4,12 +4,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones.distributed import world_size
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
@@ -31,8 +33,19 @@ def no_sync(model: nn.Module, apart: bool) -> AbstractContextManager[None]:
 
 
 def average(model: nn.Module, decay: float) -> AveragedModel:
-    """A running average of the model's weights and BatchNorm's statistics; its first step copies them."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    """A running average of the model's weights and BatchNorm's statistics; its first step copies them. Counts are the
+    model's own.
+    """
+    mix = get_ema_multi_avg_fn(decay)
+
+    def update(averaged: Tensors, current: Tensors, steps: Tensor | int) -> None:
+        """Of tensors of one type."""
+        if averaged[0].is_floating_point():
+            mix(averaged, current, steps)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def average_statistics(*models: nn.Module | None) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from backbones.augment import TrainAugment, sample_seed
 from backbones.board import tensorboard, write_epoch
-from backbones.checkpoint import Run, pick_device, seed_everything
+from backbones.checkpoint import Run, find_checkpoint, pick_device, seed_everything
 from backbones.config import ClassifierConfig
 from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.distributed import is_main, process_group, rank, world_size
@@ -46,13 +46,16 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
 def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
     train = config.train
     augment = _augment(config)
-    weights = find_weights(config)
+    weights = _weights(config)
     training_set, held_out, classes = _data(config, augment, weights)
     plan = Plan(train, len(training_set), config.data.batch_size, config.seed)
     seed_everything(config.seed)
-    model = _model(config, weights, device)
+    model = _model(config, None if config.resume else weights, device)
     ema = None if train.ema is None else average(model, train.ema)
-    optimizer = create_optimizer(model, train.optimizer, plan.lr, train.momentum, train.weight_decay)
+    optimizer = create_optimizer(
+        model, train.optimizer, plan.lr, train.momentum, train.weight_decay,
+        nesterov=train.nesterov, decay_norms=train.decay_norms,
+    )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
     labels = hashlib.sha256(training_set.targets.numpy().tobytes()).hexdigest()
     facts = {"images": len(training_set), "labels_sha256": labels}
@@ -91,6 +94,16 @@ def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
     if is_main():
         print(f"best top-1 {100 * result['best']['top1']:.2f} at epoch {result['best']['epoch']}: {result['weights']}")
     return result
+
+
+def _weights(config: ClassifierConfig) -> Path | None:
+    """The weights that training starts from or, of a resumed run, the ones that it has written: of these no more is
+    read than the head's classes, and those that it started from may be gone.
+    """
+    if not config.resume:
+        return find_weights(config)
+    written = find_checkpoint(config).with_name("last.safetensors")
+    return written if written.exists() else None
 
 
 def _augment(config: ClassifierConfig) -> TrainAugment:

@@ -4,7 +4,8 @@
 
 In every round each has its turn, from an annotation file and a list of detections to the figures; pycocotools is
 called by hand and changes the detections it is given, so that it gets a copy that is not timed. Ours checks the
-detections and gives each class's AP, too.
+detections and gives each class's AP, too. Figures that differ by more than TOLERANCE in any round are a failure, with
+exit status 1.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,10 @@ from backbones.files import versions, write_json
 from detection.coco_eval import FIGURES, Row, evaluate, to_results
 
 WIDTH, HEIGHT = 640, 480
+TOLERANCE = 1e-9
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=at_least(1), default=5000)
     parser.add_argument("--objects", type=at_least(1), default=36_781)
@@ -40,9 +43,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     truth, results = synthetic(args.images, args.objects, args.categories, args.detections, args.seed)
     seconds: dict[str, list[float]] = {"fast": [], "pycocotools": []}
+    difference = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "annotations.json"
         path.write_text(json.dumps(truth))
@@ -53,8 +57,10 @@ def main() -> None:
                 start = time.perf_counter()
                 figures[name] = plain(path, given) if name == "pycocotools" else evaluate(path, given, "fast")
                 seconds[name].append(time.perf_counter() - start)
+            difference = max(
+                difference, *(abs(figures["fast"][name] - figures["pycocotools"][name]) for name in FIGURES)
+            )
             print(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items()))
-    difference = max(abs(figures["fast"][name] - figures["pycocotools"][name]) for name in FIGURES)
     ratios = [slow / fast for slow, fast in zip(seconds["pycocotools"], seconds["fast"], strict=True)]
     result = {
         "settings": vars(args) | {"json": None}, "cores": os.cpu_count(), "crowds": _crowds(truth),
@@ -66,6 +72,8 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if args.json:
         write_json(args.json, result)
+    if difference > TOLERANCE:
+        raise SystemExit(1)
 
 
 def plain(annotations: Path, results: list[Row]) -> dict[str, float]:

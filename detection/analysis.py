@@ -1,5 +1,5 @@
 """What a detector's AP50 is made of, and what it is lost to: precision-recall curves, a confusion matrix and kinds of
-errors. NumPy alone. Shapes as in `matching.py`.
+errors. Shapes as in `matching.py`.
 
 The kinds are those of Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", arXiv
 2008.08115, sections 2.2 and 2.3, with its thresholds of 0.5 and 0.1. A detection that fits several has the first in the
@@ -31,7 +31,7 @@ CLS, LOC, BOTH, DUP, BKG, MISSED = range(6)
 
 
 @dataclass(frozen=True)
-class Findings:
+class Analysis:
     """What `analyse` finds.
 
     Attributes:
@@ -52,14 +52,14 @@ class Findings:
     kinds: dict[str, Any]
 
 
-def analyse(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Findings:
+def analyse(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Analysis:
     """Annotations, as `load_annotations` gives them, and detections that `check_results` has passed."""
     given = scenes(truth, results)
     matches = match(given)
     threshold, f1 = best_threshold(given, matches)
     counts, errors = confusion(given, matches, threshold)
     kinds = error_kinds(given, matches)
-    return Findings(given, matches, curves(given, matches), threshold, f1, counts, errors, kinds)
+    return Analysis(given, matches, curves(given, matches), threshold, f1, counts, errors, kinds)
 
 
 def precision_recall(right: Bools, positives: int) -> tuple[Floats, Floats]:

@@ -32,8 +32,6 @@ from detection.onnx_ops import REJECTED, nms_keep, topk_padded
 
 # torchvision writes this one as a literal, in RoIHeads.postprocess_detections. Pixels.
 ROI_MIN_SIZE = 1e-2
-# Any canvas whose sides every level's stride divides will do to ask the RoI pooler for its scales.
-PROBE_SIZE = 256
 
 
 class BatchedDetector(nn.Module):
@@ -259,11 +257,7 @@ class RoIPool(nn.Module):
     def __init__(self, model: FasterRCNN) -> None:
         super().__init__()
         pool = model.roi_heads.box_roi_pool
-        # The pooler infers its scales at its first call, and from the images, not the canvas: ask
-        # it anew, with an image that fills its canvas.
-        pool.scales = pool.map_levels = None
-        probe = next(model.parameters()).new_zeros(1, 3, PROBE_SIZE, PROBE_SIZE)
-        pool(model.backbone(probe), [probe.new_zeros(1, 4)], [(PROBE_SIZE, PROBE_SIZE)])
+        assert pool.scales is not None, "detection.families sets the scales, which torchvision leaves to the first call"
         self.scales: list[float] = pool.scales
         self.level_of = pool.map_levels  # FPN paper, equation 1
         self.featmap_names = pool.featmap_names

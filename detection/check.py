@@ -13,7 +13,7 @@ from backbones.errors import InputError
 from backbones.files import read_json
 from backbones.preprocess import decode
 from detection.check_objects import check_annotations
-from detection.findings import Entry, Finding, Found, Known, hashable, integer, is_number, short
+from detection.findings import Entry, Finding, Found, Known, hashable, integer, pixels, short
 from detection.images import upright_size
 
 
@@ -79,7 +79,7 @@ def _check_images(entries: list[Any], known: Known) -> Iterator[Finding]:
         size: list[Any] = [entry.get("width"), entry.get("height")]
         if None in size:
             yield Finding("image-without-size", "image", where, "width or height is missing", integer(key))
-        elif not all(is_number(side) and side > 0 and side == int(side) for side in size):
+        elif None in map(pixels, size):
             yield Finding("image-size-invalid", "image", where, f"width, height are {short(size)}", integer(key))
         if isinstance(key, int):
             known.images.setdefault(key, entry)

@@ -1,7 +1,7 @@
 """The checks of one annotation after the other, a function a kind of thing: each yields (kind, message)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from pycocotools import mask as rle
@@ -9,10 +9,11 @@ from pycocotools import mask as rle
 from backbones.errors import InputError
 from detection.coco import MIN_SIDE
 from detection.findings import Entry, Finding, Found, Known, box_of, hashable, integer, is_number, short
-from detection.masks import decode, is_polygon, to_rle
+from detection.masks import is_polygon, stated_size, to_rle
 
 AREA_TOLERANCE = 0.1  # of the area that box or outline have, and 4 pixels; rasters differ from outlines by less
 FAR = 0.5  # a segmentation is far from its box if their IoU, extent against box, is less
+Outline = tuple[float, list[float]]  # area and extent (x, y, w, h) of a sound segmentation
 
 
 def check_annotations(entries: list[Any], known: Known) -> Iterator[Finding]:
@@ -23,9 +24,10 @@ def check_annotations(entries: list[Any], known: Known) -> Iterator[Finding]:
             continue
         key = entry.get("id")
         where = f"at position {i}" if key is None else key
-        for check in ANNOTATION_CHECKS:
-            for kind, message in check(entry, known):
-                yield Finding(kind, "annotation", where, message, integer(entry.get("image_id")))
+        outline, defects = _outline(entry.get("segmentation"), known.size(entry))
+        found = [*_identity(entry, known), *_bounds(entry, known), *_area(entry, outline), *_crowd(entry)]
+        for kind, message in [*found, *defects, *_distance(entry, outline)]:
+            yield Finding(kind, "annotation", where, message, integer(entry.get("image_id")))
 
 
 def _identity(entry: Entry, known: Known) -> Found:
@@ -79,14 +81,13 @@ def _bounds(entry: Entry, known: Known) -> Found:
         yield "box-too-thin", f"its sides are {w} x {h}, less than {MIN_SIDE} pixels"
 
 
-def _area(entry: Entry, known: Known) -> Found:
-    area, box = entry.get("area"), box_of(entry)
-    if area is None:
+def _area(entry: Entry, outline: Outline | None) -> Found:
+    if "area" not in entry:
         return
+    area, box = entry["area"], box_of(entry)
     if not is_number(area) or not math.isfinite(area) or area < 0:
         yield "area-invalid", f"area is {short(area)}"
     elif box is not None and all(map(math.isfinite, box)):
-        outline = _outline(entry, known)
         right = [max(box[2], 0) * max(box[3], 0)] + ([] if outline is None else [outline[0]])
         if all(abs(area - one) > AREA_TOLERANCE * one + 4 for one in right):
             yield (
@@ -95,27 +96,40 @@ def _area(entry: Entry, known: Known) -> Found:
             )
 
 
-def _segmentation(entry: Entry, known: Known) -> Found:
-    given, crowd = entry.get("segmentation"), entry.get("iscrowd", 0)
+def _crowd(entry: Entry) -> Found:
+    crowd = entry.get("iscrowd", 0)
     if crowd not in (0, 1):
         yield "iscrowd-invalid", f"iscrowd is {short(crowd)}"
-    elif crowd and not isinstance(given, dict):
+    elif crowd and not isinstance(entry.get("segmentation"), dict):
         yield "crowd-without-rle", "COCO gives a crowd's outline as run lengths"
-    if given is None:
-        return
-    if given in ([], {}) or (isinstance(given, list) and not any(given)):
-        yield "segmentation-empty", "for a mask it has its box"
-        return
-    if isinstance(given, list):
-        yield from _polygons(given)
-    elif isinstance(given, dict):
-        yield from _runs(given, known.size(entry))
-    else:
-        yield "segmentation-invalid", f"{short(given)} is neither polygons nor run lengths"
-    box, outline = box_of(entry), _outline(entry, known)
+
+
+def _distance(entry: Entry, outline: Outline | None) -> Found:
+    box = box_of(entry)
     if box is not None and outline is not None and _iou(box, outline[1]) < FAR:
         extent = ", ".join(f"{value:.1f}" for value in outline[1])
         yield "segmentation-far-from-box", f"it extends over [{extent}], the box is {short(entry['bbox'])}"
+
+
+def _outline(given: Any, size: tuple[int, int] | None) -> tuple[Outline | None, list[tuple[str, str]]]:
+    """The outline of a segmentation, if it is sound, and its defects."""
+    if given is None:
+        return None, []
+    if given in ([], {}) or (isinstance(given, list) and not any(given)):
+        return None, [("segmentation-empty", "for a mask it has its box")]
+    if isinstance(given, list):
+        defects = list(_polygons(given))
+        return None if defects else _extent(given), defects
+    if not isinstance(given, dict):
+        return None, [("segmentation-invalid", f"{short(given)} is neither polygons nor run lengths")]
+    defects = list(_runs(given, size))
+    if not defects:
+        try:
+            runs = to_rle(given, *given["size"])
+            return (float(rle.area(runs)), rle.toBbox(runs).tolist()), []
+        except InputError as error:
+            defects = [("rle-broken", str(error))]
+    return None, defects
 
 
 def _polygons(polygons: list[Any]) -> Found:
@@ -127,37 +141,24 @@ def _polygons(polygons: list[Any]) -> Found:
         elif len(points) < 6:
             yield "polygon-short", f"polygon {i} has {len(points) // 2} points"
         elif not is_polygon(points):
-            yield "polygon-not-finite", f"polygon {i} has a coordinate that is not finite"
+            yield "polygon-not-finite", f"polygon {i} has a coordinate that is not finite or too large"
 
 
 def _runs(runs: Entry, size: tuple[int, int] | None) -> Found:
-    stated, counts = runs.get("size"), runs.get("counts")
-    if not isinstance(stated, list) or len(stated) != 2 or not all(integer(side) for side in stated):
-        yield "rle-broken", f"its size is {short(stated)}"
-    elif not isinstance(counts, str) and not (isinstance(counts, list) and all(is_number(run) for run in counts)):
+    stated, counts = stated_size(runs), runs.get("counts")
+    if stated is None:
+        yield "rle-broken", f"its size is {short(runs.get('size'))}"
+    elif not isinstance(counts, str) and not (
+        isinstance(counts, list) and all(integer(run) is not None for run in counts)
+    ):
         yield "rle-broken", f"its counts are {short(counts)}"
-    elif size is not None and tuple(stated) != size:
+    elif size is not None and stated != size:
         yield "rle-of-another-size", f"its size is {stated[0]}x{stated[1]}, the image's {size[0]}x{size[1]} (h x w)"
-    else:
-        try:
-            decode(runs, stated[0], stated[1])
-        except InputError as error:
-            yield "rle-broken", str(error)
 
 
-ANNOTATION_CHECKS: tuple[Callable[[Entry, Known], Found], ...] = (_identity, _bounds, _area, _segmentation)
-
-
-def _outline(entry: Entry, known: Known) -> tuple[float, list[float]] | None:
-    """Area and extent (x, y, w, h) of a sound segmentation."""
-    given = entry.get("segmentation")
-    if isinstance(given, list) and given and all(map(is_polygon, given)):
-        xs, ys = [x for points in given for x in points[::2]], [y for points in given for y in points[1::2]]
-        return sum(map(_shoelace, given)), [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
-    if isinstance(given, dict) and not list(_runs(given, known.size(entry))):
-        runs = to_rle(given, *given["size"])
-        return float(rle.area(runs)), rle.toBbox(runs).tolist()
-    return None
+def _extent(polygons: list[list[float]]) -> Outline:
+    xs, ys = [x for points in polygons for x in points[::2]], [y for points in polygons for y in points[1::2]]
+    return sum(map(_shoelace, polygons)), [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
 
 
 def _shoelace(points: list[float]) -> float:

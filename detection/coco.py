@@ -15,8 +15,10 @@ import numpy.typing as npt
 
 from backbones.errors import InputError
 from backbones.files import read_json
+from detection.findings import box_of, hashable, integer, is_number, pixels, short
 from detection.masks import Segmentation, is_usable
 
+LISTS = ("images", "categories", "annotations")
 MIN_SIDE = 0.1  # pixels; a box thinner than that may vanish when it is scaled in float32
 
 
@@ -64,16 +66,19 @@ class CocoSet:
         return f"{len(self.records)} images ({empty} without objects), {boxes} boxes; {counts}"
 
 
-def read_coco(images: str | None, annotations: str | None, what: str = "data", *, masks: bool = False) -> CocoSet:
+def read_coco(
+    images: str | None, annotations: str | None, what: str = "data", *, masks: bool = False, sized: bool = False
+) -> CocoSet:
     """Read an annotation file; boxes are clipped to their image, and those without area dropped, each counted.
 
     Args:
         what: the config's prefix of the two keys, for messages.
         masks: keep the segmentations. An object without a usable one is counted, and has its box for a mask
             (torchvision's reference training stops at such an object).
+        sized: if there are masks, the images need height and width, as the masks' evaluation does.
 
     Raises:
-        InputError: a missing folder, file or image, no COCO annotations, or none with a mask.
+        InputError: a missing folder, file or image, no COCO annotations, none with a mask, or no sizes.
     """
     if images is None or annotations is None:
         raise InputError(f"{what}images and {what}annotations are not both set: give the folder and the JSON file")
@@ -84,12 +89,9 @@ def read_coco(images: str | None, annotations: str | None, what: str = "data", *
     label_of = {category["id"]: i + 1 for i, category in enumerate(categories)}
     of_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in raw["images"]}
     for annotation in raw["annotations"]:
-        if annotation["image_id"] not in of_image or annotation["category_id"] not in label_of:
-            raise InputError(
-                f"{annotations}: annotation {annotation.get('id', 'without id')} is of an unknown image or category: "
-                f"`python -m detection check-data --annotations {annotations}` lists them all"
-            )
         of_image[annotation["image_id"]].append(annotation)
+    if sized and any(annotation.get("segmentation") for annotation in raw["annotations"]):
+        check_sizes(raw)
     dataset = CocoSet([], tuple(label_of), tuple(str(category["name"]) for category in categories))
     if masks:
         dataset.cleaned["without_mask"] = 0
@@ -120,32 +122,43 @@ def load_annotations(path: str | Path) -> dict[str, Any]:
     return raw
 
 
+def check_sizes(raw: Mapping[str, Any]) -> None:
+    """That the images of annotations say their sizes.
+
+    Raises:
+        InputError: it names one that does not.
+    """
+    for image in raw["images"]:
+        if not image.get("height") or not image.get("width"):
+            raise InputError(
+                f"image {image['id']} of the annotations needs height and width to evaluate masks: add them"
+            )
+
+
 def _read(path: str | Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
     raw = read_json(path, hook)
-    if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in ("images", "categories")):
-        raise InputError(f"{path} is not in COCO's format: it needs lists of images, categories and annotations")
-    for key, empty in (("annotations", []), ("info", {}), ("licenses", [])):
-        raw.setdefault(key, empty)
+    if isinstance(raw, dict):
+        for key, empty in (("annotations", []), ("info", {}), ("licenses", [])):
+            raw.setdefault(key, empty)
+    if not isinstance(raw, dict) or not all(isinstance(raw.get(key), list) for key in LISTS):
+        raise InputError(f"{path} is not in COCO's format: it needs lists of {', '.join(LISTS)}")
     try:
+        known = [_ids(raw[what], what, path) for what in ("images", "categories")]
         for image in raw["images"]:
-            image["id"], image["file_name"]
-            for side in ("width", "height"):
-                if not isinstance(image.get(side) or 0, int | float):
-                    raise TypeError(f"{side}={image[side]!r}")
+            _check_image(image)
         for category in raw["categories"]:
-            category.setdefault("name", str(category["id"]))
-        for what in ("images", "categories"):
-            ids = [entry["id"] for entry in raw[what]]
-            if len(set(ids)) < len(ids) or not ids or not all(isinstance(i, int) for i in ids):
-                raise InputError(f"{path}: its {what} need ids, one integer each and no two alike")
+            _fill(category, "name", str(category["id"]))
         for annotation in raw["annotations"]:
-            _, _, w, h = (float(value) for value in annotation["bbox"])
-            annotation.setdefault("area", w * h)
-            annotation.setdefault("iscrowd", 0)
-            annotation["image_id"], annotation["category_id"]
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _check_annotation(annotation)
+            for key, ids in zip(("image_id", "category_id"), known, strict=True):
+                if hashable(annotation[key]) not in ids:
+                    raise InputError(
+                        f"{path}: annotation {annotation.get('id', 'without id')} is of an unknown image or category: "
+                        f"`python -m detection check-data --annotations {path}` lists them all"
+                    )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path} is not in COCO's format: an entry lacks or breaks {error}; "
             f"`python -m detection check-data --annotations {path}` names it"
@@ -153,11 +166,48 @@ def _read(path: str | Path, hook: Callable[[dict[str, Any]], Any] | None = None)
     return raw
 
 
+def _ids(entries: Sequence[Mapping[str, Any]], what: str, path: object) -> set[int]:
+    ids = [integer(entry["id"]) for entry in entries]
+    if not ids or len(set(ids)) < len(ids) or not all(i is not None and -(2**63) <= i < 2**63 for i in ids):
+        raise InputError(f"{path}: its {what} need ids, one integer each and no two alike")
+    return {i for i in ids if i is not None}
+
+
+def _check_image(image: dict[str, Any]) -> None:
+    if not isinstance(image["file_name"], str):
+        raise ValueError(f"file_name={image['file_name']!r}")
+    for side in ("width", "height"):
+        given = image.get(side)
+        if given is not None and given != 0:  # 0 is not known either
+            image[side] = pixels(given)
+            if image[side] is None:
+                raise ValueError(f"{side}={given!r}")
+
+
+def _check_annotation(annotation: dict[str, Any]) -> None:
+    """Checked and, where optional keys are missing or null, filled in."""
+    box = box_of(annotation)
+    if box is None:
+        raise ValueError(f"bbox={short(annotation.get('bbox'))}")
+    _fill(annotation, "area", float(box[2]) * float(box[3]))
+    _fill(annotation, "iscrowd", 0)
+    if not is_number(annotation["area"]):
+        raise ValueError(f"area={short(annotation['area'])}")
+    if annotation["iscrowd"] not in (0, 1):
+        raise ValueError(f"iscrowd={short(annotation['iscrowd'])}")
+
+
+def _fill(entry: dict[str, Any], key: str, value: object) -> None:
+    if entry.get(key) is None:
+        entry[key] = value
+
+
 # While the file is parsed: a polygon as Python numbers is four times as large, and COCO has 43 million of them.
 
 
 def _drop_segmentation(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)
+    if "segmentation" in entry:
+        entry["segmentation"] = bool(entry["segmentation"])  # whether there is one
     return entry
 
 

@@ -5,7 +5,6 @@
 
 import contextlib
 import io
-import math
 import numbers
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from pycocotools.cocoeval import COCOeval
 
 from backbones.errors import InputError
 from backbones.files import read_json
-from detection.coco import load_annotations
-from detection.masks import is_polygon, is_usable
+from detection.coco import check_sizes, load_annotations
+from detection.findings import is_number
+from detection.masks import are_whole, is_polygon, is_usable, stated_size
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 Metric = Literal["pycocotools", "fast"]
@@ -85,12 +85,23 @@ def evaluate(
     """
     truth = load_annotations(annotations)
     check_results(results, truth, annotations)
+    return figures(truth, results, metric, masks)
+
+
+def figures(truth: dict[str, Any], results: Sequence[Row], metric: Metric, masks: bool | None) -> dict[str, Any]:
+    """As `evaluate`, of annotations that `load_annotations` gave and detections that `check_results` has passed; the
+    annotations' masks are changed to what pycocotools can read.
+
+    Raises:
+        InputError: images without the sizes that masks need, or `fast` is not installed.
+    """
     result = _figures(truth, _box_rows(results), "bbox", metric)
     categories = {category["id"] for category in truth["categories"]}
     result["foreign"] = sum(row["category_id"] not in categories for row in results)
     masks = any("segmentation" in row for row in results) if masks is None else masks
     if masks and any(annotation.get("segmentation") for annotation in truth["annotations"]):
-        boxes = _fill_masks(truth, annotations)
+        check_sizes(truth)
+        boxes = _fill_masks(truth)
         result["segm"] = _figures(truth, _mask_rows(results), "segm", metric) | {"boxes_as_masks": boxes}
     return result
 
@@ -130,7 +141,7 @@ def _all_fine(results: Sequence[Row], images: Mapping[Any, Any], known: set[int]
             and (boxes[:, 2:] >= 0).all()
             and not any("segmentation" in row for row in results)
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
 
 
@@ -153,15 +164,17 @@ def _problem(row: Row, images: Mapping[Any, Any], known: set[int] | None, masks:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and math.isfinite(value)
+    return (is_number(value) or isinstance(value, np.number)) and bool(np.isfinite(value))
 
 
 def _mask_problem(segmentation: Any, image: Mapping[str, Any]) -> str | None:
     if not isinstance(segmentation, dict) or not isinstance(segmentation.get("counts"), str | bytes):
         return "its segmentation is no compressed RLE: give size and counts, as pycocotools.mask.encode does"
-    size, expected = list(segmentation.get("size") or ()), [image.get("height"), image.get("width")]
-    if len(size) != 2 or (None not in expected and size != expected):  # pycocotools would find nothing, and not say so
-        return f"its mask is of size {size}, the image of {expected}: give masks of the whole image"
+    size, expected = stated_size(segmentation), (image.get("height"), image.get("width"))
+    if size is None or (all(expected) and size != expected):  # pycocotools would find nothing, and not say so
+        return f"its mask is of size {segmentation.get('size')}, the image of {expected}: give masks of the whole image"
+    if not are_whole(segmentation["counts"], *size):
+        return f"its mask's run lengths are not those of {size[1]}x{size[0]} pixels: give what pycocotools encodes"
     return None
 
 
@@ -188,15 +201,13 @@ def _mask_rows(results: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def _fill_masks(truth: Mapping[str, Any], annotations: object) -> int:
+def _fill_masks(truth: Mapping[str, Any]) -> int:
     """Leave of each object's mask what pycocotools can read, and give those that have none their box; how many."""
-    sizes = {image["id"]: (image.get("height"), image.get("width")) for image in truth["images"]}
-    if not all(height and width for height, width in sizes.values()):
-        raise InputError(f"{annotations}: its images need height and width to evaluate masks")
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     filled = 0
     for annotation in truth["annotations"]:
         mask = annotation.get("segmentation")
-        if not is_usable(mask, sizes.get(annotation["image_id"])):
+        if not is_usable(mask, sizes[annotation["image_id"]]):
             x, y, w, h = annotation["bbox"]
             annotation["segmentation"] = [[x, y, x, y + h, x + w, y + h, x + w, y]]
             filled += 1
@@ -218,8 +229,8 @@ def _figures(truth: dict[str, Any], rows: list[Row], kind: str, metric: Metric) 
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    figures = {name: float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
-    return figures | {
+    values = {name: float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+    return values | {
         "images": len(truth["images"]), "detections": len(rows), "per_class": _per_class(evaluation, truth),
     }  # fmt: skip
 

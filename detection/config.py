@@ -1,8 +1,9 @@
 """The config of a detector's run; no torch here."""
 
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from backbones.config import Recipe
 from backbones.preprocess import DetectorPreprocess
@@ -10,6 +11,10 @@ from backbones.schema import Device, Section, Seed
 
 Norm = Literal["frozen", "batch", "sync", "group"]
 Level = Literal["c2", "c3", "c4", "c5"]
+FrozenStages = Literal["none", "stem", "c2", "c3", "c4", "c5"]
+ExtraLevels = Literal["none", "pool", "p6p7"]
+
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 class CocoData(Section):
@@ -47,20 +52,34 @@ class DetectorTraining(Recipe):
         return value
 
 
-class DetectorConfig(Section):
-    """A run of `python -m detection {train,eval}`. None among the settings means torchvision's default."""
+class DetectorSettings(Section):
+    """What a detector is made of. None means torchvision's default."""
 
     model: str
-    weights: str | None = None  # a whole detector's, to evaluate or to start from; `torchvision` for its published ones
-    weights_backbone: str | None = None  # ImageNet weights to start from
     norm: Norm | None = None  # of the backbone; None: frozen over pretrained weights, else batch (sync under torchrun)
-    frozen_stages: Literal["none", "stem", "c2", "c3", "c4", "c5"] | None = None  # None: c2 over pretrained weights
+    frozen_stages: FrozenStages | None = None  # the backbone stays as it is up to here; None: c2 if it is pretrained
     fpn_channels: int = Field(default=256, ge=64, multiple_of=32)  # the heads' GroupNorm has 32 groups
-    levels: tuple[Level, ...] | None = None  # that the neck takes
-    extra_levels: Literal["none", "pool", "p6p7"] | None = None  # above them; anchors follow
+    levels: tuple[Level, ...] | None = None  # that the neck takes; torchvision's end with c5
+    extra_levels: ExtraLevels | None = None  # above them; anchors follow
     score_threshold: float | None = Field(default=None, ge=0, lt=1)
     nms_iou: float | None = Field(default=None, gt=0, le=1)
     max_detections: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _makes_a_pyramid(self) -> Self:
+        levels, frozen = self.levels, self.frozen_stages
+        if levels is not None and (not levels or "".join(levels) not in "".join(LEVELS)):
+            raise ValueError(f"levels={list(levels)}: give neighbours of {list(LEVELS)} in this order")
+        if levels is not None and frozen in LEVELS[LEVELS.index(levels[-1]) + 1 :]:
+            raise ValueError(f"frozen_stages={frozen} is above the highest of levels={list(levels)}: give {levels[-1]}")
+        return self
+
+
+class DetectorConfig(DetectorSettings):
+    """A run of `python -m detection {train,eval}`."""
+
+    weights: str | None = None  # a whole detector's, to evaluate or to start from; `torchvision` for its published ones
+    weights_backbone: str | None = None  # ImageNet weights to start from
     metric: Literal["pycocotools", "fast"] = "pycocotools"  # fast: the same figures from faster-coco-eval
     data: CocoData = CocoData()
     preprocess: DetectorPreprocess

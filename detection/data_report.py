@@ -12,7 +12,8 @@ from backbones.errors import InputError
 from backbones.files import write_aside, write_csv, write_json
 from backbones.preprocess import decode
 from detection.check import check_data
-from detection.findings import Entry, Finding, box_of, hashable, integer, is_number
+from detection.drawing import draw_boxes
+from detection.findings import Entry, Finding, box_of, hashable, integer, is_number, pixels
 
 SMALL, MEDIUM = 32**2, 96**2  # COCO's limits of an object's area, in pixels
 RATIOS = {1 / 4: "below 1:4", 1 / 2: "1:4 to 1:2", 1: "1:2 to 1:1", 2: "1:1 to 2:1", 4: "2:1 to 4:1"}
@@ -80,7 +81,7 @@ def statistics(content: Mapping[str, list[Any]]) -> dict[str, Any]:
     boxes = [(box, entry) for entry in objects if (box := box_of(entry)) is not None and box[2] > 0 and box[3] > 0]
     areas = [entry["area"] if is_number(entry.get("area")) else box[2] * box[3] for box, entry in boxes]
     used = {hashable(entry.get("image_id")) for entry in objects}
-    sides = [(entry.get("width"), entry.get("height")) for entry in images]
+    sides = [(pixels(entry.get("width")), pixels(entry.get("height"))) for entry in images]
     per_class = Counter(names.get(hashable(entry.get("category_id")), "unknown") for entry in objects)
     return {
         "images": len(images),
@@ -95,7 +96,7 @@ def statistics(content: Mapping[str, list[Any]]) -> dict[str, Any]:
             "large": sum(area >= MEDIUM for area in areas),
         },
         "box_aspect_ratios": _histogram([box[2] / box[3] for box, _ in boxes]),
-        "image_aspect_ratios": _histogram([w / h for w, h in sides if is_number(w) and is_number(h) and min(w, h) > 0]),
+        "image_aspect_ratios": _histogram([w / h for w, h in sides if w and h]),
         "per_class": dict(per_class.most_common()),
     }
 
@@ -156,17 +157,14 @@ def _tile(path: Path, entries: Sequence[Entry], names: Mapping[Any, str]) -> Ima
         return broken
     scale = TILE / max(picture.size)
     picture = picture.resize((max(1, int(picture.width * scale)), max(1, int(picture.height * scale))))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    boxes, texts, colors = [], [], []
     for entry in entries:
         box = box_of(entry)
-        if box is None or not all(abs(value) < 1e6 for value in box) or min(box[2:]) < 0:  # NaN is not less either
+        if box is None:
             continue
         key = hashable(entry.get("category_id"))
-        color = "white" if entry.get("iscrowd") else PALETTE[(integer(key) or 0) % len(PALETTE)]
-        x, y, right, bottom = (v * scale for v in (box[0], box[1], box[0] + box[2], box[1] + box[3]))
-        draw.rectangle((x, y, right, bottom), outline=color, width=2)
-        corner = max(0.0, min(x, picture.width - 20)), max(0.0, min(y, picture.height - 12))
-        label = names.get(key, "unknown")
-        draw.rectangle(draw.textbbox(corner, label, font), fill=color)
-        draw.text(corner, label, "black" if entry.get("iscrowd") else "white", font)
+        boxes.append([value * scale for value in (box[0], box[1], box[0] + box[2], box[1] + box[3])])
+        texts.append(names.get(key, "unknown"))
+        colors.append("white" if entry.get("iscrowd") else PALETTE[(integer(key) or 0) % len(PALETTE)])
+    draw_boxes(picture, boxes, texts, colors, size=11)
     return picture

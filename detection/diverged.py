@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
 from backbones.files import write_json
+from detection.drawing import draw_boxes
 from detection.images import TrainingImages
 
 
@@ -36,21 +35,14 @@ def keep_batch(
 def _keep_image(folder: Path, images: TrainingImages, index: int, classes: Sequence[str]) -> dict[str, Any]:
     record = images.records[index]
     image, target = images[index]  # drawn again, to the bit: augmentation depends on seed, epoch and index alone
-    picture = _draw(image, target, classes).permute(1, 2, 0).numpy()
-    Image.fromarray(picture).save(folder / f"{record.image_id}.png")
+    names = [classes[label - 1] for label in target["labels"].tolist()]
+    picture = Image.fromarray(image.numpy())
+    draw_boxes(picture, target["boxes"].tolist(), names, ["red"] * len(names))
+    picture.save(folder / f"{record.image_id}.png")
     boxes = [[value if math.isfinite(value) else str(value) for value in box] for box in target["boxes"].tolist()]
     return {
         "image_id": record.image_id,
         "file": record.path.name,
         "boxes": boxes,
-        "classes": [classes[label - 1] for label in target["labels"].tolist()],
+        "classes": names,
     }
-
-
-def _draw(image: Tensor, target: dict[str, Tensor], classes: Sequence[str]) -> Tensor:
-    """float [3, h, w] in [0, 1] -> uint8 alike, with the boxes that can be drawn."""
-    pixels = (image * 255).round().byte()
-    boxes, labels = target["boxes"], target["labels"]
-    drawable = boxes.isfinite().all(1) & (boxes[:, 2:] >= boxes[:, :2]).all(1)
-    names = [classes[label - 1] for label in labels[drawable].tolist()]
-    return draw_bounding_boxes(pixels, boxes[drawable], names, colors="red") if names else pixels

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from backbones.distributed import everywhere, gather, is_main, world_size
+from backbones.distributed import collect, gather, is_main, world_size
 from backbones.engine import to_device
 from backbones.errors import InputError
 from backbones.memory import in_parts
@@ -20,20 +20,22 @@ from backbones.preprocess import Fitted, canvas_size
 from backbones.progress import progress
 from backbones.replica import no_sync, unwrap
 from detection.coco_eval import to_results
+from detection.families import Detector
 from detection.images import to_image
 from detection.masks import encode, paste
-from detection.models import Detector
+
+Losses = dict[str, float]
 
 
 class Diverged(InputError):
     """The loss is not finite.
 
     Attributes:
-        batch: the number, from 0, of the epoch's batch in this process.
-        losses: each loss of that batch.
+        batch: the number, from 0, of the epoch's first batch of which it is so in any process.
+        losses: each loss of that batch, by the ranks of the processes where it is so.
     """
 
-    def __init__(self, message: str, batch: int, losses: dict[str, float]):
+    def __init__(self, message: str, batch: int, losses: dict[int, Losses]):
         super().__init__(message)
         self.batch, self.losses = batch, losses
 
@@ -60,12 +62,12 @@ def train_one_epoch(
 
     Args:
         model: a detector, or one in DistributedDataParallel.
-        loader: batches (images float32 [3, h, w] in [0, 1], targets), `accumulate` a step, as many in every process.
+        loader: batches (images uint8 [h, w, 3], targets), `accumulate` a step, as many in every process.
         lrs: the learning rate of each step.
         ema: averaged after each step.
 
     Raises:
-        Diverged: the loss is not finite. On CUDA that is looked at every 20 steps.
+        Diverged: the loss is not finite in some process; all raise it. On CUDA that is looked at every 20 steps.
     """
     model.train()
     device = next(model.parameters()).device
@@ -79,7 +81,7 @@ def train_one_epoch(
         with no_sync(model, apart=not whole):
             with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
                 losses = model(
-                    [to_device(image, device) for image in images],
+                    [to_image(to_device(image, device)) for image in images],
                     [{key: to_device(value, device) for key, value in target.items()} for target in targets],
                 )
                 loss = sum(losses.values(), torch.zeros((), device=device))
@@ -89,7 +91,7 @@ def train_one_epoch(
         if not whole:
             continue
         if (step + 1) % look == 0 or step + 1 == len(lrs):
-            _read(unread, totals, count, accumulate, title)
+            _stop_if_broken(_read(unread, totals, count), title, accumulate)
             speed = seen * world_size() / (time.monotonic() - start)
             postfix = {"loss": f"{totals['loss'] / count:.3f}", "lr": f"{lrs[step]:.2g}", "images_s": f"{speed:.1f}"}
             bar.set_postfix(postfix, refresh=False)
@@ -102,18 +104,31 @@ def train_one_epoch(
     return means | {"images": sum(images for _, images in everyone), "seconds": time.monotonic() - start}
 
 
-def _read(unread: list[dict[str, Tensor]], totals: dict[str, float], count: int, accumulate: int, title: str) -> None:
-    """Add up the losses of the last of `count` batches; stop at the first that is not finite."""
+def _read(unread: list[dict[str, Tensor]], totals: dict[str, float], count: int) -> tuple[int, Losses] | None:
+    """Add up the losses of the last of `count` batches; the first that is not finite, if any, and its number."""
     rows = torch.stack([torch.stack([*losses.values()]) for losses in unread]).tolist()  # CUDA is waited for once
     for batch, row in enumerate(rows, start=count - len(rows)):
         losses = dict(zip(unread[0], row, strict=True))
         if not math.isfinite(losses["loss"]):
-            parts = ", ".join(f"{name} {value:.3g}" for name, value in losses.items() if name != "loss")
-            message = f"{title}: the loss is {losses['loss']} at step {batch // accumulate} ({parts})"
-            raise Diverged(message, batch, losses)
+            return batch, losses
         for name, value in losses.items():
             totals[name] += value
     unread.clear()
+    return None
+
+
+def _stop_if_broken(mine: tuple[int, Losses] | None, title: str, accumulate: int) -> None:
+    """Stop all processes if one has met a loss that is not finite. By its gradient the others meet theirs a step later,
+    so that the earliest batch is the one to look into.
+    """
+    broken = {process: found for process, found in enumerate(gather(mine)) if found is not None}
+    if not broken:
+        return
+    batch = min(number for number, _ in broken.values())
+    losses = {process: values for process, (number, values) in broken.items() if number == batch}
+    worst = next(iter(losses.values()))
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in worst.items() if name != "loss")
+    raise Diverged(f"{title}: the loss is {worst['loss']} at step {batch // accumulate} ({parts})", batch, losses)
 
 
 def evaluate(
@@ -125,14 +140,14 @@ def evaluate(
     title: str = "evaluating",
 ) -> list[dict[str, Any]]:
     """Detections in COCO's results format, by rising image id; masks are in the image's size. Under torchrun every
-    process gives a loader of its share of the images and gets all detections; an image counts once, whatever shares
-    it is in.
+    process gives a loader of its share of the images, and the main one gets all detections, the others none; an image
+    counts once, whatever shares it is in.
 
     Raises:
         InputError: an image that cannot be decoded, in whatever process; or memory does not hold a single image.
     """
     of_image: dict[int, list[dict[str, Any]]] = {}
-    for part in everywhere(lambda: _evaluate(model, loader, category_ids, amp, title)):
+    for part in collect(lambda: _evaluate(model, loader, category_ids, amp, title)):
         of_image |= part
     return [row for image_id in sorted(of_image) for row in of_image[image_id]]
 
@@ -150,7 +165,8 @@ def _evaluate(
 
     def forward(images: Any) -> list[dict[str, Tensor]]:
         with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
-            outputs = model([to_image(fitted.pixels).to(device) for fitted in images])
+            pixels = [torch.from_numpy(fitted.pixels.copy()) for fitted in images]  # Pillow's arrays are read-only
+            outputs = model([to_image(one.to(device)) for one in pixels])
         return [{key: value.cpu() for key, value in output.items()} for output in outputs]
 
     results: dict[int, list[dict[str, Any]]] = {}

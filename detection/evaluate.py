@@ -19,13 +19,14 @@ from backbones.weights import resolve
 from detection import published
 from detection.analysis import analyse
 from detection.coco import CocoSet, load_annotations, read_coco
-from detection.coco_eval import Metric, Row, check_results, read_results
-from detection.coco_eval import evaluate as coco_figures
+from detection.coco_eval import Metric, Row, check_results, figures, read_results
 from detection.config import DetectorConfig
 from detection.engine import evaluate
+from detection.families import Detector
 from detection.images import EvaluationImages, create_loader
-from detection.models import Detector, build_detector, has_masks, load_detector, thresholds
-from detection.spec import canonical_name, parse, spec_of
+from detection.models import build_detector, has_masks, thresholds
+from detection.spec import canonical_name, spec_of
+from detection.weights import fetch_weights, load_detector
 
 VERSIONS = ("torch", "torchvision", "pycocotools", "pillow", "numpy")
 VALIDATION = 5000  # images of COCO's val2017, on which the published figures were measured
@@ -43,9 +44,9 @@ def run_eval(config: DetectorConfig, device: torch.device | None = None) -> dict
     canonical_name(config.model)  # a misspelt name is said before the data is read
     on_main(check_writable, config.output)
     on_main(fetch_weights, config)
-    dataset = read_coco(config.data.images, config.data.annotations, "data.")
+    dataset = read_coco(config.data.images, config.data.annotations, "data.", sized=has_masks(config.model))
     if is_main():
-        print(dataset, flush=True)
+        print(f"{len(dataset.records)} images, {len(dataset.classes)} classes", flush=True)
     model, metadata = _model(config, dataset)
     device = device or pick_device(config.device)
     share = range(rank(), len(dataset.records), world_size())
@@ -63,7 +64,6 @@ def run_eval(config: DetectorConfig, device: torch.device | None = None) -> dict
         "preprocess": config.preprocess.model_dump(),
         "thresholds": thresholds(model),
         "data": config.data.model_dump(),
-        "cleaned": dataset.cleaned,
         "metric": config.metric,
         "amp": config.amp,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -80,9 +80,9 @@ def run_eval(config: DetectorConfig, device: torch.device | None = None) -> dict
         with write_aside(Path(config.output) / "detections.json") as aside:
             aside.write_text(json.dumps(results))  # without indentation, ten times as fast
         assert config.data.annotations is not None
-        return _report(
-            config.data.annotations, results, config.output, facts, paths, config.metric, masks=has_masks(model)
-        )
+        truth = load_annotations(config.data.annotations)
+        check_results(results, truth, config.data.annotations)
+        return _report(truth, results, config.output, facts, paths, config.metric, masks=has_masks(model))
 
     result = everywhere(finish)[0]
     assert result is not None
@@ -113,11 +113,11 @@ def score_results(
         "metric": metric,
         "versions": versions("pycocotools", "numpy"),
     }
-    return _report(annotations, results, output, facts, paths, metric, masks=None)
+    return _report(truth, results, output, facts, paths, metric, masks=None)
 
 
 def _report(
-    annotations: str,
+    truth: dict[str, Any],
     results: Sequence[Row],
     output: str,
     facts: Mapping[str, Any],
@@ -129,31 +129,14 @@ def _report(
     """Write the report and, last, `eval.json`, so that a report with it is whole."""
     from detection.report import write_report  # and matplotlib, which training and the other processes do without
 
-    figures = coco_figures(annotations, results, metric, masks)
-    found = analyse(load_annotations(annotations), results)
-    result = figures | {"best_threshold": found.threshold, "best_f1": found.f1, "errors": found.kinds["kinds"], **facts}
+    found = analyse(truth, results)
+    scored = figures(truth, results, metric, masks)
+    result = scored | {"best_threshold": found.threshold, "best_f1": found.f1, "errors": found.kinds["kinds"], **facts}
     path = Path(output) / "eval.json"
     path.unlink(missing_ok=True)
     write_report(Path(output) / "report", result, found, paths)
     write_json(path, result)
     return result
-
-
-def fetch_weights(config: DetectorConfig) -> None:
-    """Download the weights that the config names, if need be: in one process, before several look for them.
-
-    Raises:
-        InputError: there are none, or no way to them.
-    """
-    name = parse(config.model)
-    if config.weights == published.TORCHVISION:
-        published.fetch(str(name))
-    elif config.weights is not None:
-        resolve(config.weights)
-    elif config.weights_backbone is not None and name.backbone == published.RESNET50:
-        published.resnet50_weights(config.weights_backbone)
-    elif config.weights_backbone is not None:
-        resolve(config.weights_backbone, name.backbone)
 
 
 def _sha256(config: DetectorConfig) -> str | None:
@@ -177,18 +160,17 @@ def _model(config: DetectorConfig, dataset: CocoSet) -> tuple[Detector, dict[str
 
 def published_figures(config: DetectorConfig, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """What torchvision published of the same weights, as fractions, on all of COCO val2017; `same_settings` says
-    whether the config has its image size and thresholds.
+    whether the config has its preprocessing and thresholds.
     """
     if "published" not in metadata:
         return None
     theirs = DetectorPreprocess.model_validate(metadata["preprocess"])
-    sizes = {"min_size", "max_size", "mean", "std"}
-    same = config.preprocess.model_dump(include=sizes) == theirs.model_dump(include=sizes) and not config.thresholds()
+    same = config.preprocess == theirs and not config.thresholds()
     given = {"AP": "box_map", "mask_AP": "mask_map"}
-    figures = {
+    published_as = {
         name: round(metadata["published"][key] / 100, 6) for name, key in given.items() if key in metadata["published"]
     }
-    return figures | {"by": "torchvision", "images": VALIDATION, "same_settings": same}
+    return published_as | {"by": "torchvision", "images": VALIDATION, "same_settings": same}
 
 
 def headline(config: DetectorConfig) -> str:
@@ -199,9 +181,9 @@ def headline(config: DetectorConfig) -> str:
 def summary(result: Mapping[str, Any]) -> str:
     """A result in a line."""
     parts = []
-    for what, figures in (("", result), ("masks ", result.get("segm"))):
-        if figures:
-            parts.append(what + "  ".join(f"{name} {figures[name]:.4f}" for name in ("AP", "AP50", "AP75", "AR100")))
+    for what, values in (("", result), ("masks ", result.get("segm"))):
+        if values:
+            parts.append(what + "  ".join(f"{name} {values[name]:.4f}" for name in ("AP", "AP50", "AP75", "AR100")))
     parts[-1] += f"  on {result['images']} images, {result['detections']} detections"
     if result.get("foreign"):
         parts.append(f"{result['foreign']} of them of categories that the annotations do not have, left out")

@@ -21,7 +21,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from detection.necks import BackboneWithNeck, ExtraLevels, Norm
+from detection.config import ExtraLevels
+from detection.necks import BackboneWithNeck, NormLayer
 
 Detector: TypeAlias = FasterRCNN | RetinaNet | FCOS
 Settings: TypeAlias = Mapping[str, Any]  # score, nms and detections, where they are not torchvision's
@@ -46,7 +47,7 @@ class Family:
     levels: tuple[str, ...]
     extra_levels: ExtraLevels
     versions: tuple[int, ...] = (1, 2)
-    neck_norm: Norm | None = None
+    neck_norm: NormLayer | None = None
     extra_from_body: bool = False
 
 

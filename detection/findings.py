@@ -1,5 +1,6 @@
 """What the checks of a data set find and know, and how they look at values that may be anything."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
@@ -45,10 +46,8 @@ class Known:
     def size(self, annotation: Entry) -> tuple[int, int] | None:
         """Height and width of an annotation's image, if they are known and sound."""
         image: Entry = self.images.get(hashable(annotation.get("image_id")), {})
-        height, width = image.get("height"), image.get("width")
-        if not isinstance(height, int) or not isinstance(width, int) or min(height, width) <= 0:
-            return None
-        return height, width
+        height, width = pixels(image.get("height")), pixels(image.get("width"))
+        return None if height is None or width is None else (height, width)
 
 
 def box_of(entry: Entry) -> list[float] | None:
@@ -58,8 +57,13 @@ def box_of(entry: Entry) -> list[float] | None:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """An integer or a float; JSON's booleans are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """An integer or a float, finite or not; JSON's booleans are none, nor are integers that no float holds."""
+    return isinstance(value, float) or (integer(value) is not None and abs(value) < 1e15)
+
+
+def pixels(value: Any) -> int | None:
+    """A side's length if it is a whole number above 0, such as 100 and 100.0."""
+    return int(value) if is_number(value) and 0 < value < math.inf and value == int(value) else None
 
 
 def integer(value: Any) -> int | None:

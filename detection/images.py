@@ -21,7 +21,7 @@ Target = dict[str, Tensor]
 
 
 class TrainingImages(Dataset[tuple[Tensor, Target]]):
-    """Items are (float32 [3, h, w] in [0, 1], {"boxes" [K, 4], "labels" [K]}) at the model's size.
+    """Items are (uint8 [h, w, 3], {"boxes" [K, 4], "labels" [K]}) at the model's size.
 
     Args:
         masks: add "masks" uint8 [K, h, w] to the targets; the data set was read with them.
@@ -43,7 +43,7 @@ class TrainingImages(Dataset[tuple[Tensor, Target]]):
         target = {"boxes": torch.from_numpy(sample.boxes), "labels": torch.from_numpy(sample.labels)}
         if sample.masks is not None:
             target["masks"] = torch.from_numpy(sample.masks)
-        return to_image(sample.pixels), target
+        return torch.from_numpy(sample.pixels.copy()), target  # a flipped array's strides are below 0
 
     def load(self, index: int) -> Sample:
         """An image with its objects, as they are in the data set."""
@@ -119,9 +119,12 @@ def upright_size(path: Path) -> tuple[tuple[int, int], int]:
         raise ImageError(f"{path} cannot be read ({error}): it is no whole image") from None
 
 
-def to_image(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """uint8 [h, w, 3] -> float32 [3, h, w] in [0, 1], what torchvision's detectors take."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+def to_image(pixels: Tensor) -> Tensor:
+    """uint8 [h, w, 3] -> float32 [3, h, w] in [0, 1], what torchvision's detectors take.
+
+    It has four times the bytes: call it on the detector's device.
+    """
+    return pixels.permute(2, 0, 1).float() / 255
 
 
 def create_loader(

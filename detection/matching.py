@@ -1,4 +1,4 @@
-"""Which detection finds which object: the matches that a detector's AP50 is made of. NumPy alone.
+"""Which detection finds which object: the matches that a detector's AP50 is made of.
 
 Of boxes, at an IoU of 0.5, matched as COCO matches them, so that the AP50 here is COCO's; masks are not looked at.
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pycocotools import mask as rle
 
 from detection.coco_eval import class_names
 
@@ -48,14 +49,13 @@ class Scenes:
 def scenes(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> Scenes:
     """Annotations, as `load_annotations` gives them, and detections that `check_results` has passed.
 
-    Left out is what does not count for COCO: objects and detections of other categories or images than those listed,
-    and all but the `LIMIT` best detections of an image and a class.
+    Left out is what does not count for COCO: detections of other categories than those listed, and all but the
+    `LIMIT` best detections of an image and a class.
     """
     names = class_names(truth)
     image_ids = np.array(sorted(image["id"] for image in truth["images"]), dtype=np.int64)
     categories = np.array(list(names), dtype=np.int64)
-    known = set(image_ids.tolist())
-    annotations = [a for a in truth["annotations"] if a["image_id"] in known and a["category_id"] in names]
+    annotations = truth["annotations"]
     results = [row for row in results if row["category_id"] in names]
     objects = _columns(annotations, image_ids, categories)
     crowd = np.array([bool(annotation["iscrowd"]) for annotation in annotations], dtype=bool)
@@ -119,9 +119,12 @@ def match(given: Scenes) -> Matches:
     best = {same: (np.full(count, NONE, dtype=np.int64), np.zeros(count)) for same in (True, False)}
     pairs, ious = [np.empty((0, 2), dtype=np.int64)], [np.empty(0)]
     for mine, theirs in _by_image(given):
-        iou = overlaps(given.boxes[mine], given.truth_boxes[theirs], given.crowd[theirs])  # [d, g]
+        crowd = given.crowd[theirs]
+        iou = rle.iou(
+            given.boxes[mine], given.truth_boxes[theirs], crowd.tolist()
+        )  # [d, g]; of a crowd d's share on it
         same = given.labels[mine][:, None] == given.truth_labels[theirs]
-        real = ~given.crowd[theirs]
+        real = ~crowd
         if real.any():
             for which, (index, value) in best.items():
                 masked = np.where((same == which) & real, iou, -1.0)
@@ -157,13 +160,3 @@ def _by_image(given: Scenes) -> list[tuple[Ints, Ints]]:
     mine = np.split(order, np.searchsorted(given.images[order], edges))
     theirs = np.split(truth_order, np.searchsorted(given.truth_images[truth_order], edges))
     return [(d, g) for d, g in zip(mine, theirs, strict=True) if len(d) and len(g)]
-
-
-def overlaps(boxes: Floats, truth: Floats, crowd: Bools) -> Floats:
-    """IoU of x, y, w, h [d, 4] and [g, 4]; of a crowd the share of the detection that lies on it. [d, g]"""
-    low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
-    high = np.minimum(boxes[:, None, :2] + boxes[:, None, 2:], truth[None, :, :2] + truth[None, :, 2:])
-    inside = np.maximum(high - low, 0).prod(axis=2)
-    area, truth_area = boxes[:, 2:].prod(axis=1)[:, None], truth[:, 2:].prod(axis=1)[None]
-    union = np.where(crowd, area, area + truth_area - inside)
-    return np.divide(inside, union, out=np.zeros_like(inside), where=union > 0)

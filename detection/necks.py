@@ -15,15 +15,13 @@ from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from backbones.cspnet import CSPNet
-from backbones.errors import InputError
+from detection.config import ExtraLevels
 
-LEVELS = ("c2", "c3", "c4", "c5")
 NECKS = ("fpn", "efm")
 EXTRA_LEVELS = {"none": 0, "pool": 1, "p6p7": 2}  # how many they are
 
 Neck = Literal["fpn", "efm"]
-ExtraLevels = Literal["none", "pool", "p6p7"]
-Norm = Callable[[int], nn.Module]
+NormLayer = Callable[[int], nn.Module]
 
 
 class ResNet50(IntermediateLayerGetter):
@@ -82,7 +80,7 @@ class ExactFusion(nn.Module):
 
     def __init__(
         self, channels: Sequence[int], out_channels: int, extra_blocks: ExtraFPNBlock | None = None,
-        norm_layer: Norm | None = None,
+        norm_layer: NormLayer | None = None,
     ):  # fmt: skip
         super().__init__()
 
@@ -128,17 +126,13 @@ class BackboneWithNeck(nn.Module):
         extra_levels: above them: `pool`, every other cell of the highest; `p6p7`, two strided convolutions.
         norm_layer: in the neck; None for a bias instead.
         extra_from_body: the strided convolutions start from the backbone's highest map, not from the neck's.
-
-    Raises:
-        InputError: no levels, or levels that do not follow each other.
     """
 
     def __init__(
         self, body: CSPNet | ResNet50, levels: Sequence[str], out_channels: int, extra_levels: ExtraLevels,
-        neck: Neck = "fpn", norm_layer: Norm | None = None, extra_from_body: bool = False,
+        neck: Neck = "fpn", norm_layer: NormLayer | None = None, extra_from_body: bool = False,
     ):  # fmt: skip
         super().__init__()
-        check_levels(levels)
         self.body, self.levels, self.out_channels = body, tuple(levels), out_channels
         extra: ExtraFPNBlock | None = LastLevelMaxPool() if extra_levels == "pool" else None
         if extra_levels == "p6p7":
@@ -153,15 +147,3 @@ class BackboneWithNeck(nn.Module):
         features = self.body.forward_features(x)
         pyramid: dict[str, Tensor] = self.fpn({level: features[level] for level in self.levels})
         return pyramid
-
-
-def check_levels(levels: Sequence[str]) -> None:
-    """That these maps make a pyramid.
-
-    Raises:
-        InputError: there is none, or they are not neighbours from the finest on.
-    """
-    if not levels or "".join(levels) not in "".join(LEVELS):
-        raise InputError(
-            f"levels={list(levels)}: give neighbours of {list(LEVELS)} in this order, such as [c3, c4, c5]"
-        )

@@ -12,15 +12,18 @@ from torchvision.models.detection import FasterRCNN
 from backbones.cspnet import create_model
 from backbones.preprocess import DetectorPreprocess
 from detection import published
-from detection.models import Detector, DetectorSpec, build_detector, canonical_name, has_masks
-from detection.necks import LEVELS, ResNet50
+from detection.config import LEVELS
+from detection.families import Detector
+from detection.models import build_detector, has_masks
+from detection.necks import ResNet50
 from detection.published import RESNET50
-from detection.spec import names, parse
+from detection.spec import DetectorSpec, canonical_name, names, parse
 
 PROPOSALS = 1000  # that a two-stage detector keeps of an image in evaluation; 512 of them are trained on
 DETECTIONS = 100
 PUBLISHED_MODELS = ("cspresnet50", "cspresnext50", "cspdarknet50")
 SIZES = ((800, 1333), (512, 512))  # height, width
+DIVISOR = 32  # of a canvas's sides, as torchvision pads and configs/coco
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,7 @@ def table(models: Sequence[str] = ()) -> Iterator[str]:
     """
     chosen = models or [name for name in names([*PUBLISHED_MODELS, RESNET50]) if parse(name).neck == "fpn"]
     chosen = [canonical_name(name) for name in chosen]
-    divisor = DetectorPreprocess(min_size=1, max_size=1).divisor
-    canvases = [(_padded(height, divisor), _padded(width, divisor)) for height, width in SIZES]
+    canvases = [(_padded(height), _padded(width)) for height, width in SIZES]
     yield (
         f"GMACs of convolutions and linear layers for an image of {_sizes(SIZES)} pixels on its canvas of "
         f"{_sizes(canvases)};\n91 classes; two-stage detectors with {PROPOSALS} proposals, masks of {DETECTIONS} "
@@ -114,5 +116,5 @@ def _sizes(sizes: Iterable[tuple[int, int]]) -> str:
     return " or ".join(f"{height}×{width}" for height, width in sizes)
 
 
-def _padded(pixels: int, divisor: int) -> int:
-    return -(-pixels // divisor) * divisor
+def _padded(pixels: int) -> int:
+    return -(-pixels // DIVISOR) * DIVISOR

@@ -85,13 +85,12 @@ def is_published(name: str, path: Path) -> bool:
 
 
 def fold_statistics(model: nn.Module) -> None:
-    """Rewrite frozen norms, whose weights assume eps=0, so that with their own eps they compute the same.
+    """Rewrite norms, whose weights assume eps=0, so that with their own eps they compute the same.
 
-    The variance becomes 1 - eps and its root goes to the weight. A flag beside the weights would have to be carried
-    through every checkpoint instead.
+    A flag beside the weights would have to be carried through every checkpoint instead.
     """
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, FrozenBatchNorm2d):
-                module.weight *= module.running_var.rsqrt()
-                module.running_var.fill_(1 - module.eps)
+            if isinstance(module, FrozenBatchNorm2d | nn.BatchNorm2d | nn.SyncBatchNorm):
+                assert module.running_var is not None
+                module.weight *= ((module.running_var + module.eps) / module.running_var).sqrt()

@@ -3,7 +3,7 @@
 The same findings draw the same bytes, whatever the user's matplotlib settings. Shapes as in `matching.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from backbones.files import write_aside, write_csv, write_json
 from backbones.preprocess import decode
-from detection.analysis import KINDS, RECALLS, Findings
+from detection.analysis import KINDS, RECALLS, Analysis
 from detection.coco_eval import FIGURES
+from detection.drawing import draw_boxes
 from detection.matching import NONE
 from detection.page import heading, page, paragraph, picture, table
 
@@ -45,7 +46,7 @@ PICTURES = {  # heading and text on the page
 }
 
 
-def write_report(folder: str | Path, result: Mapping[str, Any], found: Findings, paths: Mapping[int, Path]) -> None:
+def write_report(folder: str | Path, result: Mapping[str, Any], found: Analysis, paths: Mapping[int, Path]) -> None:
     """Write the tables, the pictures and the page.
 
     Args:
@@ -67,7 +68,7 @@ def write_report(folder: str | Path, result: Mapping[str, Any], found: Findings,
         aside.write_text(_page(folder, result, found), encoding="utf-8")
 
 
-def as_json(found: Findings) -> dict[str, Any]:
+def as_json(found: Analysis) -> dict[str, Any]:
     """What the pictures show, as numbers."""
     names = found.scenes.classes
     return {
@@ -87,7 +88,7 @@ def as_json(found: Findings) -> dict[str, Any]:
     }
 
 
-def _tables(folder: Path, result: Mapping[str, Any], found: Findings) -> None:
+def _tables(folder: Path, result: Mapping[str, Any], found: Analysis) -> None:
     kinds = _figures_of(result)
     write_csv(folder / "figures.csv", ["figure", *kinds], _figure_rows(kinds))
     write_csv(folder / "per_class.csv", _class_header(kinds), _class_rows(kinds, found))
@@ -115,7 +116,7 @@ def _class_header(kinds: Mapping[str, Any]) -> list[str]:
     return ["class", "objects", "detections", *(f"{kind}_{name}" for kind in kinds for name in ("AP", "AP50"))]
 
 
-def _class_rows(kinds: Mapping[str, Mapping[str, Any]], found: Findings) -> Iterator[list[Any]]:
+def _class_rows(kinds: Mapping[str, Mapping[str, Any]], found: Analysis) -> Iterator[list[Any]]:
     given = found.scenes
     objects = np.bincount(given.truth_labels[~given.crowd], minlength=len(given.classes)).tolist()
     detections = np.bincount(given.labels, minlength=len(given.classes)).tolist()
@@ -129,7 +130,7 @@ def _save(path: Path, figure: Figure) -> None:
         figure.savefig(aside, dpi=100, metadata={"Software": None})
 
 
-def errors_figure(found: Findings) -> Figure:
+def errors_figure(found: Analysis) -> Figure:
     """How many errors of each kind there are, and the AP50 that each costs."""
     kinds = found.kinds["kinds"]
     figure = Figure(figsize=(10, 3.5), layout="constrained")
@@ -146,7 +147,7 @@ def errors_figure(found: Findings) -> Figure:
     return figure
 
 
-def confusion_figure(found: Findings) -> Figure:
+def confusion_figure(found: Analysis) -> Figure:
     """Rows are the truth, columns what was predicted, as shares of the row: of the last row, of all false alarms.
 
     Of more classes than fit, those that most objects have.
@@ -174,7 +175,7 @@ def confusion_figure(found: Findings) -> Figure:
     return figure
 
 
-def curves_figure(found: Findings) -> Figure:
+def curves_figure(found: Analysis) -> Figure:
     """A panel a class with its precision over recall and its AP50; of many classes those that most objects have."""
     objects = dict(zip(found.scenes.classes, found.confusion[:-1].sum(axis=1).tolist(), strict=True))
     most = set(sorted(found.curves, key=lambda name: -objects[name])[:PANELS])
@@ -200,13 +201,13 @@ def curves_figure(found: Findings) -> Figure:
     return figure
 
 
-def worst_images(found: Findings) -> list[int]:
+def worst_images(found: Analysis) -> list[int]:
     """Positions of the images with the most errors at the threshold, those with none left out."""
     order = np.argsort(-found.errors, kind="stable")[:WORST]
     return [int(index) for index in order if found.errors[index]]
 
 
-def worst_sheet(found: Findings, paths: Mapping[int, Path]) -> Image.Image:
+def worst_sheet(found: Analysis, paths: Mapping[int, Path]) -> Image.Image:
     """Each of the worst images twice, two a row: the objects, red those that were missed; and the detections above the
     threshold, red those that are wrong, grey those on a crowd.
     """
@@ -225,31 +226,31 @@ def worst_sheet(found: Findings, paths: Mapping[int, Path]) -> Image.Image:
     return sheet
 
 
-def _pair(found: Findings, index: int, path: Path, font: Any) -> Image.Image:
+def _pair(found: Analysis, index: int, path: Path, font: Any) -> Image.Image:
     """Truth beside prediction, with a line above."""
     given, matches = found.scenes, found.matches
     shown = np.flatnonzero((given.images == index) & (given.scores >= found.threshold))
     objects = np.flatnonzero(given.truth_images == index)
     partner = matches.truth[shown]
-    truth = [
-        (given.truth_boxes[g], given.classes[given.truth_labels[g]], _color(g in partner, given.crowd[g]))
-        for g in objects
-    ]
-    predicted = [
-        (
-            given.boxes[d],
-            f"{given.classes[given.labels[d]]} {given.scores[d]:.2f}",
-            _color(matches.truth[d] != NONE, matches.ignored[d]),
-        )
-        for d in shown[::-1]  # the surest on top
-    ]
+    truth = (
+        given.truth_boxes[objects],
+        [given.classes[label] for label in given.truth_labels[objects]],
+        [_color(g in partner, given.crowd[g]) for g in objects],
+    )
+    surest = shown[::-1]  # on top
+    predicted = (
+        given.boxes[surest],
+        [f"{given.classes[given.labels[d]]} {given.scores[d]:.2f}" for d in surest],
+        [_color(matches.truth[d] != NONE, matches.ignored[d]) for d in surest],
+    )
     image = decode(path)
     scale = (TILE - 4) / max(image.size)
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     pair = Image.new("RGB", (2 * TILE, image.height + LINE + 4), "white")
-    for side, boxes in enumerate((truth, predicted)):
+    for side, (boxes, texts, colors) in enumerate((truth, predicted)):
         drawn = image.copy()
-        _draw(drawn, boxes, scale, font)
+        corners = np.concatenate((boxes[:, :2], boxes[:, :2] + boxes[:, 2:]), axis=1) * scale
+        draw_boxes(drawn, corners.tolist(), texts, colors)
         pair.paste(drawn, (side * TILE, LINE))
     draw = ImageDraw.Draw(pair)
     draw.text((2, 0), f"{path.name}: {found.errors[index]} errors; truth", "black", font)
@@ -261,17 +262,7 @@ def _color(right: bool, ignored: bool) -> str:
     return GRAY if ignored else GREEN if right else RED
 
 
-def _draw(image: Image.Image, boxes: Sequence[tuple[Any, str, str]], scale: float, font: Any) -> None:
-    draw = ImageDraw.Draw(image)
-    for box, text, color in boxes:
-        x, y, w, h = (float(value) * scale for value in box)
-        draw.rectangle((x, y, x + w, y + h), outline=color, width=2)
-        above = max(0.0, y - LINE)
-        draw.rectangle(draw.textbbox((x + 1, above), text, font), fill=color)
-        draw.text((x + 1, above), text, "white", font)
-
-
-def _page(folder: Path, result: Mapping[str, Any], found: Findings) -> str:
+def _page(folder: Path, result: Mapping[str, Any], found: Analysis) -> str:
     """All of the report."""
     kinds = _figures_of(result)
     on = f"{result['images']} images"
@@ -287,7 +278,7 @@ def _page(folder: Path, result: Mapping[str, Any], found: Findings) -> str:
     return page(f"{result['model']} on {on}" if result.get("model") else on, parts)
 
 
-def _facts(result: Mapping[str, Any], found: Findings) -> str:
+def _facts(result: Mapping[str, Any], found: Analysis) -> str:
     weights = f"Weights {result['weights']}. " if result.get("weights") else ""
     objects = np.count_nonzero(~found.scenes.crowd)
     return (

@@ -2,12 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from backbones.cspnet import get_variant
 from backbones.distributed import world_size
@@ -15,12 +15,10 @@ from backbones.errors import InputError
 from backbones.published import ALIASES, PLAIN
 from backbones.schema import Section
 from backbones.variants import VARIANTS
-from detection.config import DetectorConfig, Level, Norm
+from detection.config import DetectorConfig, DetectorSettings, FrozenStages, Norm
 from detection.families import FAMILIES
-from detection.necks import NECKS, ExtraLevels, Neck
+from detection.necks import NECKS, Neck
 from detection.published import RESNET50
-
-FrozenStages = Literal["none", "stem", "c2", "c3", "c4", "c5"]
 
 
 @dataclass(frozen=True)
@@ -76,19 +74,12 @@ def canonical_name(name: str) -> str:
     return str(parse(name))
 
 
-class DetectorSpec(Section):
-    """All that it takes to build a detector; kept in its weights' metadata. None means torchvision's default."""
+class DetectorSpec(DetectorSettings):
+    """All that it takes to build a detector; kept in its weights' metadata."""
 
-    model: str
     num_classes: int = Field(ge=2)  # background included, as torchvision counts
-    fpn_channels: int = Field(default=256, ge=64, multiple_of=32)  # the heads' GroupNorm has 32 groups
     norm: Norm = "batch"
     frozen_stages: FrozenStages = "none"
-    levels: tuple[Level, ...] | None = None
-    extra_levels: ExtraLevels | None = None
-    score_threshold: float | None = Field(default=None, ge=0, lt=1)
-    nms_iou: float | None = Field(default=None, gt=0, le=1)
-    max_detections: int | None = Field(default=None, ge=1)
 
     @property
     def neck_levels(self) -> tuple[str, ...]:
@@ -104,38 +95,48 @@ def spec_of(config: DetectorConfig, num_classes: int) -> DetectorSpec:
     """
     pretrained = config.weights_backbone is not None or config.weights is not None
     cuda = config.device.startswith(("auto", "cuda")) and torch.cuda.is_available()
-    return DetectorSpec(
-        model=canonical_name(config.model), num_classes=num_classes, fpn_channels=config.fpn_channels,
-        norm=resolve_norm(config.norm, pretrained, cuda),
-        frozen_stages=resolve_frozen(config.frozen_stages, pretrained), levels=config.levels,
-        extra_levels=config.extra_levels, score_threshold=config.score_threshold, nms_iou=config.nms_iou,
-        max_detections=config.max_detections,
-    )  # fmt: skip
+    return resolve(config, num_classes, pretrained, sync=cuda and world_size() > 1)
 
 
-def resolve_norm(norm: Norm | None, pretrained: bool, cuda: bool) -> Norm:
-    """The backbone's norm where None stands for the usual one.
+def resolve(settings: DetectorSettings, num_classes: int, pretrained: bool, sync: bool) -> DetectorSpec:
+    """Settings with the usual norm and frozen stages where None stands for them.
+
+    Args:
+        sync: whether several processes would train on CUDA.
 
     Raises:
-        InputError: frozen random weights.
+        InputError: unknown name, or frozen random weights.
     """
+    norm, frozen = settings.norm, settings.frozen_stages
     if norm == "frozen" and not pretrained:
         raise InputError(
             "norm=frozen freezes random weights: give weights_backbone or weights, or norm=batch, sync or group"
         )
-    if norm is None:
-        return "frozen" if pretrained else "sync" if cuda and world_size() > 1 else "batch"
-    return norm
+    if frozen not in (None, "none") and not pretrained:
+        raise InputError(
+            f"frozen_stages={frozen} freezes random weights: give weights_backbone or weights, or frozen_stages=none"
+        )
+    decided = {
+        "model": canonical_name(settings.model), "num_classes": num_classes,
+        "norm": norm or ("frozen" if pretrained else "sync" if sync else "batch"),
+        "frozen_stages": frozen or ("c2" if pretrained else "none"),
+    }  # fmt: skip
+    given = settings.model_dump(include=set(DetectorSettings.model_fields))
+    return checked(DetectorSpec, given | decided, settings.model)
 
 
-def resolve_frozen(stages: FrozenStages | None, pretrained: bool) -> FrozenStages:
-    """The stages to freeze where None stands for the usual ones.
+Schema = TypeVar("Schema", bound=Section)
+
+
+def checked(schema: type[Schema], values: Mapping[str, Any], whose: object) -> Schema:
+    """Values as a schema.
 
     Raises:
-        InputError: frozen random weights.
+        InputError: the first that does not fit, and whose it is.
     """
-    if stages not in (None, "none") and not pretrained:
-        raise InputError(
-            f"frozen_stages={stages} freezes random weights: give weights_backbone or weights, or frozen_stages=none"
-        )
-    return stages or ("c2" if pretrained else "none")
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = "".join(f"{part}: " for part in problem["loc"])
+        raise InputError(f"{whose}: {where}{problem['msg'].removeprefix('Value error, ')}") from None

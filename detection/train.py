@@ -15,8 +15,8 @@ import torch
 
 from backbones.augment import sample_seed
 from backbones.board import tensorboard, write_epoch
-from backbones.checkpoint import Run, pick_device, seed_everything
-from backbones.distributed import everywhere, is_main, on_main, process_group, rank, world_size
+from backbones.checkpoint import Run, find_checkpoint, pick_device, seed_everything
+from backbones.distributed import everywhere, is_main, on_main, process_group, rank, together, world_size
 from backbones.errors import InputError
 from backbones.files import sha256
 from backbones.optim import create_optimizer
@@ -27,11 +27,12 @@ from detection.coco_eval import evaluate as coco_figures
 from detection.config import DetectorConfig
 from detection.diverged import keep_batch
 from detection.engine import Diverged, evaluate, train_one_epoch
-from detection.evaluate import fetch_weights
+from detection.families import Detector
 from detection.images import EvaluationImages, TrainingImages, aspect_ratios, create_loader
-from detection.models import Detector, build_detector, has_masks, start_from
+from detection.models import build_detector, has_masks
 from detection.plan import GroupedPlan
 from detection.spec import DetectorSpec, canonical_name, spec_of
+from detection.weights import fetch_weights, start_from
 
 FIGURES = ("AP", "AP50", "AP75")
 
@@ -53,17 +54,21 @@ def run_train(config: DetectorConfig) -> dict[str, Any]:
 
 def _train(config: DetectorConfig, device: torch.device) -> dict[str, Any]:
     train, data = config.train, config.data
+    _check(config, device)
     training_set, held_out = _data(config)
-    on_main(fetch_weights, config)
     images = TrainingImages(training_set, config.preprocess, _augment(config), masks=has_masks(config.model))
     plan = GroupedPlan(train, aspect_ratios(training_set), data.batch_size, config.seed, data.aspect_ratio_groups)
     seed_everything(config.seed)
     spec = spec_of(config, len(training_set.classes) + 1)
-    model = _model(config, spec, device)
+    model = _model(config, spec, training_set, device)
     ema = None if train.ema is None else average(model, train.ema)
-    optimizer = create_optimizer(model, train.optimizer, plan.lr, train.momentum, train.weight_decay)
+    optimizer = create_optimizer(
+        model, train.optimizer, plan.lr, train.momentum, train.weight_decay,
+        nesterov=train.nesterov, decay_norms=train.decay_norms,
+    )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp and device.type == "cuda")
     facts = {"images": len(images), "annotations_sha256": sha256(str(data.train_annotations))}
+    facts |= {"norm": spec.norm, "frozen_stages": spec.frozen_stages}  # which hang on the weights it started from
     metadata = _metadata(config, spec, training_set)
     run = Run(config, model, optimizer, scaler, "AP50", metadata, ema=ema, facts=facts)
     if is_main():
@@ -96,16 +101,35 @@ def _train(config: DetectorConfig, device: torch.device) -> dict[str, Any]:
     return result
 
 
+def _check(config: DetectorConfig, device: torch.device) -> None:
+    """Say mistakes that cost nothing to find before the data is read, which may take minutes; fetch the weights."""
+    spec = spec_of(config, num_classes=2)
+    if spec.norm == "sync" and device.type == "cpu":
+        raise InputError("norm=sync works on GPUs alone: give norm=batch or norm=group, or device=cuda")
+    with torch.device("meta"):
+        build_detector(spec, config.preprocess)
+    if config.resume:
+        find_checkpoint(config)
+    else:
+        on_main(fetch_weights, config)
+
+
 def _data(config: DetectorConfig) -> tuple[CocoSet, CocoSet]:
     data = config.data
     training_set = read_coco(data.train_images, data.train_annotations, "data.train_", masks=has_masks(config.model))
-    held_out = read_coco(data.images, data.annotations, "data.")
+    held_out = read_coco(data.images, data.annotations, "data.", sized=has_masks(config.model))
     if is_main():
         print(f"training: {training_set}\nheld out: {held_out}")
     if not any(len(record.labels) for record in training_set.records):
-        raise InputError(f"{data.train_annotations} has no object to learn from")
-    if training_set.category_ids != held_out.category_ids:
-        raise InputError("the training and the held-out annotations have different category ids")
+        raise InputError(
+            f"{data.train_annotations} has no object to learn from: give one that has, or see what is wrong with its "
+            "boxes by `python -m detection check-data`"
+        )
+    held_out.check_categories(training_set.category_ids, training_set.classes, data.train_annotations)
+    if only := sorted({*training_set.category_ids} ^ {*held_out.category_ids}):
+        raise InputError(
+            f"one of {data.train_annotations} and {data.annotations} lacks the categories {only}: list the same in both"
+        )
     return training_set, held_out
 
 
@@ -117,13 +141,13 @@ def _augment(config: DetectorConfig) -> DetectionAugment:
     )  # fmt: skip
 
 
-def _model(config: DetectorConfig, spec: DetectorSpec, device: torch.device) -> Detector:
+def _model(config: DetectorConfig, spec: DetectorSpec, dataset: CocoSet, device: torch.device) -> Detector:
     """The detector with the weights that training starts from; a resumed run's own come later."""
-    if spec.norm == "sync" and device.type == "cpu":
-        raise InputError("norm=sync works on GPUs alone: give norm=batch or norm=group, or device=cuda")
-    model = build_detector(spec, config.preprocess, config.weights_backbone)
+    sync = device.type == "cuda" and world_size() > 1
+    model = build_detector(spec, config.preprocess, None if config.resume else config.weights_backbone, sync)
     if config.weights is not None and not config.resume:
-        said = start_from(model, config.weights)
+        pretrained = config.weights_backbone is not None
+        said = start_from(model, config.weights, dataset.category_ids, dataset.classes, body_loaded=pretrained)
         if is_main():
             print(said)
     return model.to(device)
@@ -132,17 +156,24 @@ def _model(config: DetectorConfig, spec: DetectorSpec, device: torch.device) -> 
 def _stop(
     stop: Diverged, output: Path, images: TrainingImages, plan: GroupedPlan, classes: Sequence[str]
 ) -> InputError:
-    """Keep the batch whose loss is not finite, each process its own; the error to end with."""
+    """Keep the batch whose loss is not finite, of each process where it is so; the error for all to end with."""
     epoch, first = images.augment.epoch, stop.batch * plan.batch
     lr = plan.lrs(epoch)[stop.batch // plan.train.accumulate]
-    folder = output / ("diverged" if is_main() else f"diverged-{rank()}")
-    losses = {name: value if math.isfinite(value) else str(value) for name, value in stop.losses.items()}
-    facts = {"epoch": epoch + 1, "batch": stop.batch, "lr": lr, "losses": losses}
-    keep_batch(folder, images, plan.order(epoch)[first : first + plan.batch], classes, facts)
+    folders = {process: output / (f"diverged-{process}" if process else "diverged") for process in stop.losses}
+
+    def keep() -> None:
+        if rank() in stop.losses:
+            mine = stop.losses[rank()].items()
+            losses = {name: value if math.isfinite(value) else str(value) for name, value in mine}
+            facts = {"epoch": epoch + 1, "batch": stop.batch, "lr": lr, "losses": losses}
+            keep_batch(folders[rank()], images, plan.order(epoch)[first : first + plan.batch], classes, facts)
+
+    together(keep)  # whoever left before would have torchrun end the others
     last = output / "last.safetensors"
     go_on = f", or go on from weights={last} into another output" if last.exists() else ""
     return InputError(
-        f"{stop}, lr {lr:.3g}: its batch is in {folder}; lower train.lr or lengthen the warm-up and start again{go_on}"
+        f"{stop}, lr {lr:.3g}: its batch is in {folders[min(folders)]}; "
+        f"lower train.lr or lengthen the warm-up and start again{go_on}"
     )
 
 

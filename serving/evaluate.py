@@ -27,7 +27,7 @@ from detection.coco_eval import evaluate as coco_figures
 from detection.coco_eval import to_results
 from detection.config import DetectorConfig
 from detection.evaluate import summary as detector_summary
-from detection.models import canonical_name
+from detection.spec import canonical_name
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batch import File, Row, predict_files, read_results
 from serving.client import Client
@@ -187,7 +187,7 @@ def _ap(config: DetectorConfig, source: Source, artifact: DetectorArtifact) -> d
         results += to_results(record.image_id, row.result.boxes, row.result.scores, categories)
     assert config.data.annotations is not None
     write_json(Path(config.output) / f"detections-{source.name}.json", results)
-    return coco_figures(config.data.annotations, results)
+    return coco_figures(config.data.annotations, results, config.metric)
 
 
 def _shown(rows: Iterator[Row], total: int, title: str) -> Iterator[Row]:

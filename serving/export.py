@@ -24,8 +24,9 @@ from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
 from backbones.published import protocol
 from backbones.weights import read_metadata, read_weights, resolve
 from detection.batched import BatchedDetector
-from detection.models import load_detector, thresholds
+from detection.models import thresholds
 from detection.onnx_ops import translation_table
+from detection.weights import load_detector
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, to_metadata
 from serving.parity import compare_classifier, compare_detector, pictures
 from serving.runtime import OnnxModel

@@ -17,8 +17,8 @@ from backbones.engine import normalize
 from backbones.errors import InputError
 from backbones.files import list_images
 from backbones.preprocess import canvas_size, classifier_pixels, decode, detector_pixels
+from detection.families import Detector
 from detection.images import to_image
-from detection.models import Detector
 from serving.artifact import ClassifierArtifact, DetectorArtifact, Parity
 from serving.predictor import Detections, detections
 from serving.predictor import Detector as DetectorPredictor
@@ -103,7 +103,7 @@ def compare_detector(model: Detector, onnx_model: OnnxModel, images: Sequence[Im
     unmatched = 0
     for batch in (together, *([item] for item in fitted)):
         for item, found in zip(batch, predictor.predict(batch), strict=True):
-            output = model([to_image(item.pixels)])[0]
+            output = model([to_image(torch.from_numpy(item.pixels.copy()))])[0]
             expected = detections(output["boxes"].numpy(), output["scores"].numpy(), output["labels"].numpy(), item)
             for one, other in ((expected, found), (found, expected)):
                 matched, lost = _match(one, other, onnx_model.metadata)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from backbones.files import write_aside
+from detection.drawing import draw_boxes
 from serving.predictor import Detections
 
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
@@ -36,15 +37,10 @@ figcaption {{ font-size: .85rem; color: #555 }}
 def annotate(image: Image.Image, found: Detections, classes: Sequence[str], zoom: int = 2) -> Image.Image:
     """A copy of an image, `zoom` times as large, with its detections drawn."""
     drawn = image.resize((image.width * zoom, image.height * zoom))
-    draw = ImageDraw.Draw(drawn)
-    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.indices.tolist(), strict=True)
-    for box, score, index in reversed(list(rows)):  # the best on top
-        x1, y1, x2, y2 = (value * zoom for value in box)
-        draw.rectangle((x1, y1, x2, y2), outline=COLORS[index % len(COLORS)], width=2)
-        label = f"{classes[index]} {score:.2f}"
-        place = (x1, max(0.0, y1 - 11))
-        draw.rectangle(draw.textbbox(place, label), fill=COLORS[index % len(COLORS)])
-        draw.text(place, label, fill="white")
+    order = range(len(found.scores))[::-1]  # the best on top
+    texts = (f"{classes[found.indices[i]]} {found.scores[i]:.2f}" for i in order)
+    colors = (COLORS[found.indices[i] % len(COLORS)] for i in order)
+    draw_boxes(drawn, (found.boxes[order] * zoom).tolist(), texts, colors)
     return drawn
 
 

@@ -8,7 +8,8 @@ from test_backbones_cspnet import randomize
 from backbones.cspnet import create_model
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
 from backbones.weights import save_weights
-from detection.models import DetectorSpec, build_detector
+from detection.models import build_detector
+from detection.spec import DetectorSpec
 
 CROP = ClassifierPreprocess(resize=40, crop=32)
 SIZE = DetectorPreprocess(min_size=96, max_size=128)

@@ -120,15 +120,30 @@ def test_a_step_is_of_the_same_images_however_it_is_divided(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "rmsprop"])
-def test_only_weights_are_decayed(name):
+@pytest.mark.parametrize("everything", [False, True])
+def test_only_weights_are_decayed_unless_all_are_to_be(name, everything):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     for parameter in model.parameters():
         nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
-    create_optimizer(model, name, lr=0.1, momentum=0.9, weight_decay=0.5).step()
+    create_optimizer(model, name, lr=0.1, momentum=0.9, weight_decay=0.5, decay_norms=everything).step()
     conv, norm = model
     assert (conv.weight < 1).all()
-    assert all((parameter == 1).all() for parameter in (conv.bias, norm.weight, norm.bias))
+    assert all(((parameter < 1) == everything).all() for parameter in (conv.bias, norm.weight, norm.bias))
+
+
+@pytest.mark.parametrize(("nesterov", "second"), [(False, 1 + 0.5), (True, 1 + 0.5 * (1 + 0.5))])
+def test_momentum_by_hand(nesterov, second):
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(layer.weight)
+    optimizer = create_optimizer(layer, "sgd", lr=1.0, momentum=0.5, weight_decay=0, nesterov=nesterov)
+    moved = []
+    for _ in range(2):
+        layer.weight.grad = torch.ones(1, 1)
+        before = layer.weight.item()
+        optimizer.step()
+        moved.append(before - layer.weight.item())
+    assert moved == pytest.approx([1.5 if nesterov else 1, second])
 
 
 @pytest.mark.parametrize(("name", "module"), [("lamb", "lamb"), ("rmsprop", "rmsprop_tf")])

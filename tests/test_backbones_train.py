@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbones.augment import TrainAugment
 from backbones.checkpoint import Run
@@ -21,6 +20,7 @@ from backbones.errors import InputError
 from backbones.evaluate import run_eval
 from backbones.files import sha256
 from backbones.preprocess import ClassifierPreprocess
+from backbones.replica import average
 from backbones.train import run_train
 from backbones.weights import read_weights
 from serving.shapes import draw_classification
@@ -195,6 +195,11 @@ def test_training_goes_on_with_the_classes_of_its_weights(shapes, tmp_path):
     anew = run_train(config(few, tmp_path / "three", *start, "ignore_head=true", "num_classes=2"))
     assert read_weights(anew["weights"])[1]["classes"] == ["cross", "square"]
 
+    Path(weights).unlink()  # a resumed run does without
+    for output, more in (("two", ()), ("three", ("ignore_head=true", "num_classes=2"))):
+        resumed = run_train(config(few, tmp_path / output, *start, *more, "resume=true"))
+        assert resumed["history"] == (again if output == "two" else anew)["history"]
+
 
 def test_of_equal_epochs_the_first_is_the_best(shapes, tmp_path):
     settings = config(shapes, tmp_path)
@@ -315,7 +320,7 @@ def test_averaged_weights_by_hand():
     for steps in (1, 2):
         model = linear()
         nn.init.zeros_(model[1].bias)
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+        ema = average(model, 0.75)
         fit(model, loader[:steps], targets, ema=ema)
         after.append((model[1].weight.detach(), ema.module[1].weight.detach()))
     (first, averaged_first), (second, averaged_second) = after

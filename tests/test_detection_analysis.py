@@ -6,7 +6,7 @@ from shared_data import real
 from detection.analysis import KINDS, analyse
 from detection.coco import load_annotations
 from detection.coco_eval import evaluate, read_results
-from detection.matching import NONE, match, overlaps, scenes
+from detection.matching import NONE, match, scenes
 
 CAR, TRAIN = 3, 7
 BOX, FAR = [10, 10, 40, 40], [60, 60, 30, 30]
@@ -116,13 +116,6 @@ def test_confusion_by_hand():
     # Rows car, train, background; columns car, train, missed.
     assert found.confusion.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     assert found.errors.tolist() == [1, 0, 1]
-
-
-def test_overlaps():
-    truth = np.array([[0, 0, 10, 10], [0, 0, 100, 100], [5, 5, 0, 0]], dtype=float)
-    boxes = np.array([[5, 0, 10, 10], [0, 0, 0, 0]], dtype=float)
-    expected = [[1 / 3, 1.0, 0], [0, 0, 0]]
-    np.testing.assert_allclose(overlaps(boxes, truth, np.array([False, True, False])), expected)
 
 
 def test_of_equal_overlaps_pycocotools_takes_the_last():

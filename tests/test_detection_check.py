@@ -29,6 +29,7 @@ def broken(root: Path) -> tuple[dict[str, Any], set[tuple[str, str, Any]]]:
     expected.add(("file-of-another-size", "image", 3))
     images[3]["width"] = -1
     expected |= {("image-size-invalid", "image", 4), ("file-of-another-size", "image", 4)}
+    images[0]["width"] = 120.0  # its objects are looked at all the same
     del images[4]["width"]
     expected.add(("image-without-size", "image", 5))
     (root / "6.png").write_bytes(b"no image")
@@ -46,6 +47,10 @@ def broken(root: Path) -> tuple[dict[str, Any], set[tuple[str, str, Any]]]:
     expected |= {("image-id-twice", "image", 10), ("image-id-invalid", "image", "x")}
     expected |= {("image-without-size", "image", "x"), ("entry-invalid", "image", "at position 12")}
     expected |= {("image-without-file-name", "image", 11), ("image-id-invalid", "image", "at position 14")}
+    for side in (INF, NAN, 10**400, 0.5):
+        i = 20 + len(images)
+        images.append({"id": i, "file_name": f"{i}.png", "width": side, "height": 90})
+        expected |= {("image-size-invalid", "image", i), ("file-missing", "image", i)}
 
     categories: list[Any] = [{"id": 1, "name": "person"}, {"id": 1, "name": "cat"}, {"id": 3, "name": "person"}]
     categories += [{"id": 4}, {"name": "dog"}, None]
@@ -71,7 +76,7 @@ def broken(root: Path) -> tuple[dict[str, Any], set[tuple[str, str, Any]]]:
     add("unknown-image", image_id=[1])
     add("unknown-category", category_id=2)
     add("object-twice", bbox=[10, 20, 30, 40])
-    for box in ([1, 2, 3], "no", [1, 2, 3, "4"], [1, 2, 3, None]):
+    for box in ([1, 2, 3], "no", [1, 2, 3, "4"], [1, 2, 3, None], [1, 2, 3, 10**400]):
         add("box-not-four-numbers", bbox=box)
     for box in ([NAN, 2, 3, 4], [1, 2, INF, 4]):
         add("box-not-finite", bbox=box)
@@ -83,24 +88,29 @@ def broken(root: Path) -> tuple[dict[str, Any], set[tuple[str, str, Any]]]:
     add("box-too-thin", bbox=[1, 2, 0.05, 4], area=0, image_id=5)
     add("box-partly-outside", bbox=[100, 2, 30, 40])
     add("box-larger-than-image", bbox=[-1, 2, 122, 40], area=122 * 40)
-    for area in (-1, NAN, "large"):
+    for area in (-1, NAN, "large", None, 10**400):
         add("area-invalid", area=area)
     add("area-disagrees", area=600)
     add(area=600, segmentation=[[10, 20, 40, 20, 40, 60]])  # that of its triangle
-    add("iscrowd-invalid", iscrowd=2)
+    for crowd in (2, None, "0"):
+        add("iscrowd-invalid", iscrowd=crowd)
     add("crowd-without-rle", iscrowd=1, segmentation=[SQUARE])
     for given in ([], {}, [[]]):
         add("segmentation-empty", segmentation=given)
-    for given in ("no", 5, [SQUARE, "no"], [["a"] * 6], [[True] * 6]):
+    for given in ("no", 5, [SQUARE, "no"], [["a"] * 6], [[True] * 6], [[10**400] * 6]):
         add("segmentation-invalid", segmentation=given)
     add("polygon-odd", segmentation=[SQUARE[:7]])
     add("polygon-short", segmentation=[SQUARE[:4]])
-    add("polygon-not-finite", segmentation=[[*SQUARE[:7], NAN]])
+    for value in (NAN, INF, 1e300):
+        add("polygon-not-finite", segmentation=[[*SQUARE[:7], value]])
     add("rle-of-another-size", segmentation={"size": [120, 90], "counts": [10800]})
     for runs in ({}, {"size": [90]}, {"size": [90, 120]}, {"size": [90, 120], "counts": [5]}):
         if runs:
             add("rle-broken", segmentation=runs)
-    add("rle-broken", segmentation={"size": [90, 120], "counts": "oooo"})
+    for runs in ("oooo", "0000", "abc", [10800.0], [5, 1000000], [-5, 10805]):
+        add("rle-broken", segmentation={"size": [90, 120], "counts": runs})
+    for size in ([-90, -120], [90.0, 120], [10**400, 120]):
+        add("rle-broken", segmentation={"size": size, "counts": [10800]})
     add("segmentation-far-from-box", segmentation=[[60, 60, 90, 60, 90, 80]])
     add(category_id=3, segmentation={"size": [90, 120], "counts": [920, 40] + [50, 40] * 29 + [7230]}, iscrowd=1)
     annotations.append("no")
@@ -131,17 +141,17 @@ def test_the_command_prints_writes_and_draws_them(tmp_path, capsys):
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert re.search(
-        r"^error: annotation 115 of image 1: box-without-area: its sides are 0 x 4$", printed, re.MULTILINE
+        r"^error: annotation 116 of image 1: box-without-area: its sides are 0 x 4$", printed, re.MULTILINE
     )
     assert re.search(r"^warning: image 7: file-turned: ", printed, re.MULTILINE)
-    assert re.search(r"^ +4 error +box-not-four-numbers$", printed, re.MULTILINE)
+    assert re.search(r"^ +5 error +box-not-four-numbers$", printed, re.MULTILINE)
     result = json.loads((tmp_path / "out" / "findings.json").read_text())
     assert json.loads((tmp_path / "x.json").read_text()) == result
     with open(tmp_path / "out" / "findings.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(result["findings"]) == len(expected) == result["errors"] + result["warnings"]
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
-        assert sheet.size == (4 * 320, 3 * 338)
+        assert sheet.size == (4 * 320, 4 * 338)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,46 @@ def test_objects_are_numbered_for_pycocotools_and_keep_their_segmentations(tmp_p
     assert raw["annotations"][0] | {"id": 0} == annotations[0] | {"area": 12, "iscrowd": 0}
 
 
+def test_null_is_as_left_out(tmp_path):
+    images = [
+        {"id": 1, "file_name": "a.png", "width": 120.0, "height": 90},
+        {"id": 2, "file_name": "b.png", "width": 0},
+    ]
+    path = write(tmp_path / "d", [box(1, 2, 3, 4, area=None, iscrowd=None)], images)[1]
+    raw = load_annotations(path)
+    assert raw["annotations"][0] == box(1, 2, 3, 4, id=1, area=12, iscrowd=0)
+    assert type(raw["images"][0]["width"]) is int
+    assert read_coco(str(tmp_path / "d"), path).records[1].size is None
+
+
+def test_masks_are_evaluated_on_images_of_known_size(tmp_path):
+    images = [{"id": 1, "file_name": "a.png", "width": 120}]
+    root = write(tmp_path / "d", [box(1, 2, 3, 4, segmentation=[SQUARE])], images)
+    with pytest.raises(InputError, match="image 1 of the annotations needs height and width to evaluate masks"):
+        read_coco(*root, sized=True)
+    read_coco(*write(tmp_path / "d", [box(1, 2, 3, 4, segmentation=[])], images), sized=True)  # there are none
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (box(1, 2, 3, "4"), r"breaks bbox=\[1, 2, 3, '4'\]"),
+        (box(1, 2, 3, 10**400), r"breaks bbox=\[1, 2, 3, 1000"),
+        (box(1, 2, 3, 4, area="5"), "breaks area='5'"),
+        (box(1, 2, 3, 4, iscrowd="0"), "breaks iscrowd='0'"),
+        (box(1, 2, 3, 4, image=[1]), "is of an unknown image or category"),
+        (box(1, 2, 3, 4, category={}), "is of an unknown image or category"),
+        ({"bbox": [1, 2, 3, 4], "image_id": 1}, "breaks 'category_id'"),
+        (7, "is not in COCO's format"),
+    ],
+)
+def test_a_broken_annotation_is_the_same_line_for_training_and_for_scoring(tmp_path, entry, message):
+    images, annotations = write(tmp_path / "d", [entry])
+    for read in (lambda: load_annotations(annotations), lambda: read_coco(images, annotations)):
+        with pytest.raises(InputError, match=f"{message}.*check-data --annotations"):
+            read()
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -99,6 +139,12 @@ def test_objects_are_numbered_for_pycocotools_and_keep_their_segmentations(tmp_p
             lambda root: write(root, images=[{"id": 1, "file_name": "a.png", "width": "120", "height": 90}]),
             "an entry lacks or breaks width='120'",
         ),
+        (
+            lambda root: write(root, images=[{"id": 1, "file_name": "a.png", "width": float("inf"), "height": 90}]),
+            "an entry lacks or breaks width=inf",
+        ),
+        (lambda root: write(root, images=[{"id": 1, "file_name": 7}]), "an entry lacks or breaks file_name=7"),
+        (lambda root: write(root, images=[{"id": 10**30, "file_name": "a.png"}]), "images need ids"),
         (lambda root: write(root, categories=CATEGORIES * 2), "categories need ids"),
         (lambda root: write(root, categories=[]), "categories need ids"),
         (lambda root: write(root, images=[{"id": 1}]), "not in COCO's format: an entry lacks or breaks 'file_name'"),

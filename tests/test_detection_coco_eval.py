@@ -30,6 +30,14 @@ def found(image, xyxy, score, category):
     return to_results(image, np.array([xyxy], np.float32), np.array([score], np.float32), [category])
 
 
+def star(rng, box):
+    """A polygon about the middle of a box."""
+    x, y, w, h = box
+    angles, radii = np.sort(rng.random(9)) * 2 * np.pi, rng.uniform(0.3, 0.6, 9)
+    points = np.stack((x + w * (0.5 + radii * np.cos(angles)), y + h * (0.5 + radii * np.sin(angles))), axis=1)
+    return points.ravel().round(2).tolist()
+
+
 def by_hand(path, results, kind):
     """The 12 figures as pycocotools' own example computes them; of masks without the boxes, which it would take the
     areas from.
@@ -71,6 +79,10 @@ def test_figures_by_hand(truth, metric):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_sets_are_what_pycocotools_says_by_hand(tmp_path, metric, seed):
     content, results = random_set(seed, masks=True)
+    rng = np.random.default_rng(seed)
+    single = [row for row in content["annotations"] if not row["iscrowd"]]
+    for row in single[::2]:  # COCO's own form, of one polygon or two
+        row["segmentation"] = [star(rng, row["bbox"]) for _ in range(rng.integers(1, 3))]
     path = write(tmp_path / "truth.json", content)
     before = json.dumps(results)
     result = evaluate(path, results, metric)
@@ -124,6 +136,29 @@ def test_an_object_without_a_mask_has_its_box_for_one(truth):
     assert segm["per_class"]["car"]["AP50"] == pytest.approx(51 / 101)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("counts", [[5, 1000000], "abc", "0000", [10000.0], "é"])
+def test_an_object_of_broken_run_lengths_has_its_box_for_a_mask(truth, metric, counts):
+    content = json.loads(truth.read_text())
+    for row in content["annotations"]:
+        row["segmentation"] = {"size": [100, 100], "counts": counts}
+    pixels = np.zeros((100, 100), dtype=np.uint8, order="F")
+    pixels[:50, :50] = 1
+    counts = rle.encode(pixels)["counts"].decode()
+    found = detection(2, 7, [0, 0, 50, 50], 0.9) | {"segmentation": {"size": [100, 100], "counts": counts}}
+    segm = evaluate(write(truth, content), [found], metric)["segm"]
+    assert segm["boxes_as_masks"] == 3
+    assert segm["per_class"]["train"]["AP"] == pytest.approx(1)
+
+
+def test_masks_need_the_images_sizes(truth):
+    content, results = random_set(0, masks=True, images=4)
+    content["images"][2]["width"] = None
+    with pytest.raises(InputError, match="image 3 of the annotations needs height and width to evaluate masks"):
+        evaluate(write(truth, content), results)
+    assert evaluate(truth, results, masks=False)["AP"] > 0
+
+
 def test_classes_of_one_name_and_foreign_categories(truth):
     content = json.loads(truth.read_text())
     content["categories"][1]["name"] = "car"
@@ -138,7 +173,7 @@ def test_classes_of_one_name_and_foreign_categories(truth):
         check_results(more, content, truth, categories=True)
 
 
-MASK = {"segmentation": {"size": [100, 100], "counts": "abc"}}
+MASK = {"segmentation": {"size": [100, 100], "counts": rle.encode(np.ones((100, 100), np.uint8, order="F"))["counts"]}}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +192,12 @@ MASK = {"segmentation": {"size": [100, 100], "counts": "abc"}}
         ({"score": "0.5"}, "has score '0.5'"),
         (MASK | {"segmentation": [[1, 2, 3, 4, 5, 6]]}, "its segmentation is no compressed RLE"),
         (MASK | {"segmentation": {"size": [50, 100], "counts": "a"}}, r"mask is of size \[50, 100\], the image of"),
+        (MASK | {"segmentation": {"size": 3, "counts": "a"}}, "mask is of size 3, the image of"),
+        (MASK | {"segmentation": {"size": [100, 100], "counts": "abc"}}, "run lengths are not those of 100x100 pixels"),
+        (MASK | {"segmentation": {"size": [100, 100], "counts": "0000"}}, "run lengths are not those of"),
+        (MASK | {"segmentation": {"size": [100, 100], "counts": "é"}}, "run lengths are not those of"),
+        ({"score": 10**400}, "has score 1000"),
+        ({"bbox": [True, 2, 3, None]}, "has bbox"),
     ],
 )
 def test_a_broken_detection_is_named(truth, change, message):

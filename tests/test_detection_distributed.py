@@ -22,12 +22,12 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart" / "detector.yaml"
 
 # Each process's work: a run that one process can repeat, a whole run with everything, one that is cut and resumed, and
-# one that diverges.
+# one that diverges, first in both and then in one alone.
 DRIVER = """
 import sys
 import torch
 from backbones.config import load_config
-from backbones.distributed import process_group
+from backbones.distributed import process_group, rank
 from backbones.errors import InputError
 from detection import engine, train
 from detection.config import DetectorConfig
@@ -40,7 +40,17 @@ def run(name, *more):
 class Cut(Exception):
     pass
 
-take_step, steps = engine.take_step, []
+replicate, take_step, steps = train.replicate, engine.take_step, []
+
+def break_one(model, device):
+    forward, batches = model.forward, []
+    def broken(*args):
+        losses = forward(*args)
+        batches.append(1)
+        return {name: loss * float("nan") for name, loss in losses.items()} if len(batches) == 2 else losses
+    if rank() == 1:
+        model.forward = broken
+    return replicate(model, device)
 
 def cut(*args):
     steps.append(1)
@@ -63,6 +73,12 @@ with process_group(torch.device("cpu")):
         run("wild", "train.optimizer=sgd", "train.lr=1e30", "train.warmup_epochs=0", "train.clip_grad_norm=null")
     except InputError as error:
         print(error)
+    train.replicate = break_one
+    try:
+        run("lonely")
+        raise SystemExit("did not diverge")
+    except InputError as error:
+        print(f"{rank()} says: {error}")
 """
 # SGD: where a gradient is all but zero, AdamW makes a step of its rounding. RetinaNet: its loss is a mean over images.
 ALIKE = [
@@ -126,3 +142,15 @@ def test_one_process_speaks_and_each_keeps_its_diverged_batch(runs):
     images = [{entry["image_id"] for entry in batch["images"]} for batch in kept]
     assert [len(part) for part in images] == [4, 4]
     assert not images[0] & images[1]
+
+
+def test_one_process_that_diverges_stops_all_and_alone_keeps_its_batch(runs):
+    said = (runs / "stdout").read_text()
+    kept = runs / "lonely" / "diverged-1"
+    for rank in range(2):
+        (line,) = (line for line in said.splitlines() if line.startswith(f"{rank} says: "))
+        assert "epoch 1/2: the loss is nan at step 1 (classification nan" in line
+        assert f"its batch is in {kept}; lower train.lr" in line
+    batch = json.loads((kept / "batch.json").read_text())
+    assert (batch["batch"], batch["losses"]["loss"], len(batch["images"])) == (1, "nan", 4)
+    assert not (runs / "lonely" / "diverged").exists()

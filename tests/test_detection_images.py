@@ -19,8 +19,9 @@ def test_training_items_scale_boxes_with_the_image(tmp_path):
     dataset = read_coco(*write(tmp_path / "d", [box(12, 9, 24, 18)]))
     items = TrainingImages(dataset, SPEC, PLAIN)
     image, target = items[0]
-    assert image.shape == (3, 60, 80)
-    assert 0 <= image.min() <= image.max() <= 1
+    assert (image.shape, image.dtype) == ((60, 80, 3), torch.uint8)
+    assert to_image(image).shape == (3, 60, 80)
+    assert torch.equal(to_image(image)[1], image[..., 1] / 255)
     np.testing.assert_allclose(target["boxes"], [[8, 6, 24, 18]], atol=1e-4)
     assert target.keys() == {"boxes", "labels"}
     image, target = items[1]
@@ -36,8 +37,8 @@ def test_training_without_augmentation_sees_the_pixels_of_evaluation(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "d" / "c.png")
         dataset = read_coco(images, annotations)
         image, _ = TrainingImages(dataset, spec, PLAIN)[0]
-        assert torch.equal(image, to_image(EvaluationImages(dataset, spec)[0][1].pixels))
-        assert torch.equal(image, to_image(detector_pixels(decode(tmp_path / "d" / "c.png"), spec).pixels))
+        np.testing.assert_array_equal(image, EvaluationImages(dataset, spec)[0][1].pixels)
+        np.testing.assert_array_equal(image, detector_pixels(decode(tmp_path / "d" / "c.png"), spec).pixels)
 
 
 def test_an_object_without_a_mask_has_its_box_for_one(tmp_path):
@@ -58,9 +59,10 @@ def test_an_object_without_a_mask_has_its_box_for_one(tmp_path):
 
 
 def test_a_broken_mask_names_its_image(tmp_path):
-    runs = {"size": [90, 120], "counts": [1, 2, 3]}
-    dataset = read_coco(*write(tmp_path / "d", [box(12, 9, 24, 18, segmentation=runs)]), masks=True)
-    with pytest.raises(InputError, match="a.png: a segmentation's run lengths do not add up .*check-data"):
+    runs = {"size": [120, 90], "counts": [10800]}  # of a picture on its side
+    images = [{"id": 1, "file_name": "a.png"}]
+    dataset = read_coco(*write(tmp_path / "d", [box(12, 9, 24, 18, segmentation=runs)], images), masks=True)
+    with pytest.raises(InputError, match="a.png: .* not of 120x90 pixels.*check-data"):
         TrainingImages(dataset, SPEC, PLAIN, masks=True)[0]
 
 
@@ -121,8 +123,8 @@ def test_real_images_and_masks_go_through_everything():
     objects = 0
     for i in range(0, 45, 3):
         image, target = items[i]
-        assert max(image.shape[1:]) <= 214
-        assert target["masks"].shape == (len(target["labels"]), *image.shape[1:])
+        assert max(image.shape) <= 214
+        assert target["masks"].shape == (len(target["labels"]), *image.shape[:2])
         for (x1, y1, x2, y2), mask in zip(target["boxes"].tolist(), target["masks"], strict=True):
             inside = mask[max(0, int(y1) - 2) : int(y2) + 3, max(0, int(x1) - 2) : int(x2) + 3]
             assert inside.sum() == mask.sum()  # no pixel of the mask beside its box

@@ -6,12 +6,13 @@ from array import array
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from shared_data import real
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from backbones.errors import InputError
-from detection.masks import decode, encode, is_usable, paste
+from detection.masks import _run_lengths, are_whole, decode, encode, is_usable, paste
 
 
 def test_polygons_and_run_lengths_are_the_pixels_they_describe():
@@ -28,17 +29,32 @@ def test_polygons_and_run_lengths_are_the_pixels_they_describe():
     changes = np.flatnonzero(np.diff(column_by_column, prepend=0, append=column_by_column[-1])).tolist()
     counts = np.diff([0, *changes, mask.size]).tolist()
     np.testing.assert_array_equal(decode({"size": [20, 30], "counts": counts}, 20, 30), mask)
-    (run,) = encode(torch.from_numpy(mask)[None] > 0)
+    (run,) = encode([mask])
     assert json.loads(json.dumps(run)) == run
     np.testing.assert_array_equal(decode(run, 20, 30), mask)
     np.testing.assert_array_equal(decode({**run, "counts": run["counts"].encode()}, 20, 30), mask)
 
 
 def test_any_masks_survive_their_encoding():
-    masks = torch.from_numpy(np.random.default_rng(0).random((7, 33, 21)) < np.linspace(0, 1, 7)[:, None, None])
-    found = np.stack([decode(run, 33, 21) for run in encode(masks)])
-    np.testing.assert_array_equal(found, masks.numpy())
-    assert encode(torch.zeros((0, 4, 4), dtype=torch.bool)) == []
+    masks = np.random.default_rng(0).random((7, 33, 21)) < np.linspace(0, 1, 7)[:, None, None]
+    found = np.stack([decode(run, 33, 21) for run in encode(masks.astype(np.uint8))])
+    np.testing.assert_array_equal(found, masks)
+    assert encode([]) == []
+
+
+def test_run_lengths_as_text_are_those_that_pycocotools_wrote():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        h, w = (int(side) for side in rng.integers(1, 300, 2))
+        counts = np.diff(np.unique(np.r_[0, rng.integers(0, h * w, rng.integers(0, 40)), h * w])).tolist()
+        counts = [0, *counts] if rng.random() < 0.5 else counts
+        text = rle.frPyObjects({"size": [h, w], "counts": counts}, h, w)["counts"]
+        found = _run_lengths(text)
+        assert found is not None
+        assert found.tolist() == counts
+        assert are_whole(text.decode(), h, w)
+        assert not are_whole(text, h, w + 1)
+        assert not are_whole(text[:-1], h, w)
 
 
 def test_real_masks_are_those_of_pycocotools():
@@ -59,27 +75,45 @@ def test_real_masks_are_those_of_pycocotools():
         ([], "no polygon"),
         ([[1, 2, 3, 4, 5]], "no polygon"),
         ([[1, 2, 3, 4, 5, float("nan")]], "no polygon"),
+        ([[1, 2, 3, 4, 5, 10**400]], "no polygon"),
+        ([[1, 2, 3, 4, 5, 1e12]], "no polygon"),  # pycocotools would walk there
         ({"size": [30, 20], "counts": [600]}, "not of 30x20 pixels"),
+        ({"size": [20.0, 30], "counts": [600]}, "not of 30x20 pixels"),
         ({"size": [20, 30]}, "not of 30x20 pixels"),
-        ({"size": [20, 30], "counts": [5, 5]}, "do not add up to its 30x20 pixels"),
-        ({"size": [20, 30], "counts": [-5, 605]}, "do not add up to its 30x20 pixels"),
-        ({"size": [20, 30], "counts": "oooo"}, "run lengths"),
-        ({"size": [20, 30], "counts": "é"}, "run lengths"),
+        *[
+            ({"size": [20, 30], "counts": counts}, "run lengths that are broken")
+            for counts in (
+                [5, 5], [-5, 605], [5, 1000000], [300.0, 300], [True, 599], [], None, "", "é", "\0", "abc",
+                "0000",  # four times nothing: pycocotools would give memory as it is
+                "oooo",  # no last number: it would read on
+                "N0",  # -2
+                "o" * 20 + "0",  # larger than 64 bits
+            )
+        ],
     ],
-)
+)  # fmt: skip
 def test_a_broken_segmentation_is_an_error(segmentation, message):
     with pytest.raises(InputError, match=message):
         decode(segmentation, 20, 30)
+    assert not is_usable(segmentation, (20, 30))
+
+
+def test_what_is_usable_without_the_images_size():
     assert not is_usable(None, None)
+    assert is_usable({"size": [20, 30], "counts": [600]}, None)
+    assert not is_usable({"size": [20, 30], "counts": [601]}, None)
+    assert not is_usable({"size": [-20, -30], "counts": [600]}, None)
+    assert not is_usable({"size": [10**6, 10**6], "counts": [10**12]}, None)  # more than pycocotools counts
 
 
 def test_pasting_is_torchvisions_at_one_half():
     masks = torch.rand((5, 1, 28, 28), generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([[2.0, 3, 20, 30], [0, 0, 60, 40], [-5, -5, 10, 12], [50, 30, 80, 70], [7.2, 7.4, 7.9, 7.8]])
-    found = paste(masks, boxes, (40, 60))
-    assert found.dtype == torch.bool
-    torch.testing.assert_close(found, paste_masks_in_image(masks, boxes, (40, 60))[:, 0] > 0.5)
-    assert paste(masks[:0], boxes[:0], (40, 60)).shape == (0, 40, 60)
-    whole = paste(torch.ones((1, 1, 28, 28)), torch.tensor([[10.0, 5, 25, 15]]), (20, 30))[0]
-    ys, xs = whole.nonzero().T
+    found = np.stack(list(paste(masks, boxes, (40, 60))))
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, paste_masks_in_image(masks, boxes, (40, 60))[:, 0] > 0.5)
+    assert found.any(axis=(1, 2)).tolist()[:4] == [True] * 4
+    assert list(paste(masks[:0], boxes[:0], (40, 60))) == []
+    (whole,) = paste(torch.ones((1, 1, 28, 28)), torch.tensor([[10.0, 5, 25, 15]]), (20, 30))
+    ys, xs = whole.nonzero()
     np.testing.assert_allclose([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], [10, 5, 25, 15], atol=1)

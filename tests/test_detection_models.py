@@ -12,21 +12,13 @@ from backbones.preprocess import DetectorPreprocess
 from backbones.weights import save_weights
 from detection import published
 from detection.config import DetectorConfig
-from detection.models import (
-    DetectorSpec,
-    build_detector,
-    canonical_name,
-    create_detector,
-    has_masks,
-    load_detector,
-    spec_of,
-    start_from,
-    thresholds,
-)  # fmt: skip
-from detection.spec import names
+from detection.models import build_detector, create_detector, has_masks, thresholds
+from detection.spec import DetectorSpec, canonical_name, names, spec_of
+from detection.weights import OF_CLASSES, load_detector, start_from
 
 SMALL = DetectorPreprocess(min_size=128, max_size=128)
 CLASSES = {"fasterrcnn": tv.FasterRCNN, "retinanet": tv.RetinaNet, "fcos": tv.FCOS, "maskrcnn": tv.MaskRCNN}
+CATEGORIES = {"category_ids": [2, 3, 7], "classes": ["red", "green", "blue"]}
 IMAGES = [torch.rand(3, 128, 96), torch.rand(3, 90, 128)]
 
 
@@ -35,7 +27,7 @@ def small(family: str, backbone: str = "cspresnet10", neck: str = "fpn", **setti
 
 
 def save(path, module, **metadata):
-    known = {"task": "detection", "model": module.spec.model, "detector": module.spec.model_dump()}
+    known = {"task": "detection", "model": module.spec.model, "detector": module.spec.model_dump(), **CATEGORIES}
     save_weights(path, module, known | {"preprocess": SMALL.model_dump()} | metadata)
     return path
 
@@ -137,6 +129,10 @@ def test_published_weights_come_with_coco_and_without_eps(tmp_path, monkeypatch,
         torch.testing.assert_close(model.backbone(x)["c5"], frozen.backbone(x)["c5"])
         again, _ = load_detector(save(tmp_path / "again.safetensors", model, **metadata))
         assert torch.equal(again.backbone(x)["c5"], model.backbone(x)["c5"])
+    for norm in ("batch", "sync"):  # into norms of another kind
+        started = build_detector(DetectorSpec(model=name, num_classes=91, norm=norm, frozen_stages="c2"), SMALL).eval()
+        start_from(started, "torchvision", metadata["category_ids"], metadata["classes"])
+        torch.testing.assert_close(started.backbone(x)["c5"], frozen.backbone(x)["c5"])
     with pytest.raises(InputError, match="torchvision published several detectors"):
         load_detector("torchvision")
     with pytest.raises(InputError, match="does not hold torchvision's fcos_resnet50_fpn"):
@@ -209,6 +205,18 @@ def test_norms_and_frozen_stages(tmp_path):
         small(retina, weights_backbone=weights, norm="group")
 
 
+@pytest.mark.parametrize("family", ["fasterrcnn", "maskrcnn"])
+def test_neck_and_heads_over_a_frozen_backbone_are_synced(family, tmp_path, monkeypatch):
+    weights = tmp_path / "w.pth"
+    torch.save(create_model("cspresnet10", 5).state_dict(), weights)
+    assert kinds(small(family, neck="fpn_v2", weights_backbone=weights)) == {FrozenBatchNorm2d, nn.BatchNorm2d}
+    monkeypatch.setattr("detection.models.world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert kinds(small(family, neck="fpn_v2", weights_backbone=weights)) == {FrozenBatchNorm2d, nn.SyncBatchNorm}
+    batch = small(family, neck="fpn_v2", weights_backbone=weights, norm="batch")
+    assert kinds(batch) == {nn.BatchNorm2d}
+
+
 def test_group_norm_looks_at_one_image_alone():
     body = create_model("cspdarknet10", 0, batchnorm="group").train()
     groups = {m.num_groups for m in body.modules() if isinstance(m, nn.GroupNorm)}
@@ -255,10 +263,10 @@ def test_starting_from_another_detector(tmp_path):
     source = small("retinanet")
     path = save(tmp_path / "w.safetensors", source)
     model = create_detector("retinanet_cspresnet10_fpn", 7, fpn_channels=64, preprocess=SMALL)
-    said = start_from(model, path)
+    said = start_from(model, path, range(6), "abcdef")
     total = sum(not key.endswith("num_batches_tracked") for key in model.state_dict())
     assert f"a retinanet_cspresnet10_fpn: {total - 2} of {total} tensors" in said
-    assert "left as they were: head.classification_head.cls_logits" in said and "not used" not in said
+    assert said.endswith("left as they were, being of other classes: head.classification_head.cls_logits")
     for key, value in source.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]) == ("cls_logits" not in key)
     # A frozen backbone is filled as well, and other levels' convolutions of the same shape are not taken for these.
@@ -266,24 +274,65 @@ def test_starting_from_another_detector(tmp_path):
         model="fcos_cspresnet10_fpn", num_classes=4, fpn_channels=64, norm="frozen", levels=("c2", "c3", "c4")
     )
     other = build_detector(spec, SMALL)
-    said = start_from(other, path)
+    said = start_from(other, path, **CATEGORIES)
     assert all(
         torch.equal(v, source.backbone.body.state_dict()[k]) for k, v in other.backbone.body.state_dict().items()
     )
     assert "left as they were: backbone.fpn" in said and "not used: backbone.body.stages.3" in said
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_these_layers_alone_know_their_classes(name):
+    with torch.device("meta"):
+        few, many = (create_detector(name, count, fpn_channels=64).state_dict() for count in (4, 5))
+    of_classes = {key for key in few if any(part in key for part in OF_CLASSES)}
+    assert of_classes == {key for key in few if few[key].shape != many[key].shape} != set()
+
+
+def test_heads_are_taken_over_for_the_same_categories_alone(tmp_path):
+    source = small("fasterrcnn")
+    path = save(tmp_path / "w.safetensors", source)
+    key = "roi_heads.box_predictor.cls_score.weight"
+    for other in ({}, {"classes": ["red", "green", "dog"]}, {"category_ids": [2, 3, 8]}):
+        model = small("fasterrcnn")
+        said = start_from(model, path, **CATEGORIES | other)
+        assert torch.equal(model.state_dict()[key], source.state_dict()[key]) == (not other)
+        assert ("being of other classes: roi_heads.box_predictor.cls_score" in said) == bool(other)
+        assert torch.equal(model.rpn.head.cls_logits.weight, source.rpn.head.cls_logits.weight)
+
+
+def test_heads_may_go_over_a_backbone_with_weights_of_its_own(tmp_path):
+    path = save(tmp_path / "w.safetensors", small("fcos", "cspresnext10"))
+    torch.save(create_model("cspresnet10", 5).state_dict(), tmp_path / "body.pth")
+    model = small("fcos", weights_backbone=tmp_path / "body.pth")
+    before = {key: value.clone() for key, value in model.backbone.body.state_dict().items()}
+    assert "left as they were: backbone.body" in start_from(model, path, **CATEGORIES, body_loaded=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.backbone.body.state_dict().items())
+
+
 def test_what_cannot_be_started_from(tmp_path):
     path = save(tmp_path / "w.safetensors", small("fcos"))
     frozen = DetectorSpec(model="fcos_cspresnext10_fpn", num_classes=4, fpn_channels=64, norm="frozen")
     with pytest.raises(InputError, match="lacks backbone.body.* would stay random: give norm=batch"):
-        start_from(build_detector(frozen, SMALL), path)
+        start_from(build_detector(frozen, SMALL), path, **CATEGORIES)
     with pytest.raises(InputError, match="trained with norm=batch, which norm=group is not: set norm=frozen or"):
-        start_from(small("fcos", norm="group"), path)
+        start_from(small("fcos", norm="group"), path, **CATEGORIES)
     with pytest.raises(
         InputError, match=r"nothing of .*w.safetensors, a fcos_cspresnet10_fpn, fits fasterrcnn_cspresnext10_efm"
     ):
-        start_from(small("fasterrcnn", "cspresnext10", "efm"), path)
+        start_from(small("fasterrcnn", "cspresnext10", "efm"), path, **CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"levels": levels}, "give neighbours of") for levels in [(), ("c3", "c2"), ("c2", "c4"), ("c3", "c3")]]
+    + [({"levels": ("c2", "c3"), "frozen_stages": "c4"}, "frozen_stages=c4 is above the highest of levels="),
+       ({"levels": ("c5", "c6")}, "levels: 1: Input should be"), ({"nrom": "batch"}, "nrom: Extra inputs")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["fcos_cspresnet10_fpn", "fcos_resnet50_fpn"])
+def test_bad_settings(name, settings, message):
+    with pytest.raises(InputError, match=f"^{name}: .*{message}"):
+        create_detector(name, **settings)
 
 
 def test_bad_names_and_files(tmp_path):
@@ -298,7 +347,9 @@ def test_bad_names_and_files(tmp_path):
     with pytest.raises(InputError, match="holds cspresnet10, no detector"):
         load_detector(tmp_path / "c.safetensors")
     path = save(tmp_path / "d.safetensors", small("fcos"), detector={"model": "fcos_cspresnet10_fpn", "neck": 1})
-    with pytest.raises(InputError, match="says of itself num_classes: Field required; was it written by another"):
-        load_detector(path)
+    for read in (load_detector, lambda source: start_from(small("fcos"), source, **CATEGORIES)):
+        with pytest.raises(InputError, match="d.safetensors, perhaps written by another version: .*: ") as error:
+            read(path)
+        assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="holds fcos_cspresnet10_fpn, not fcos_cspresnet50_fpn: set model="):
         load_detector(path, model="fcos_cspresnet50_fpn")

@@ -6,11 +6,10 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
-from backbones.cspnet import create_model
-from backbones.errors import InputError
+from detection.config import LEVELS
 from detection.families import FAMILIES
 from detection.models import create_detector
-from detection.necks import EXTRA_LEVELS, LEVELS, BackboneWithNeck, ExactFusion, ResNet50
+from detection.necks import EXTRA_LEVELS, BackboneWithNeck, ExactFusion, ResNet50
 
 CHOICES = [
     (LEVELS[first:last], extra)
@@ -59,13 +58,6 @@ def test_anchors_and_pooling_follow_any_levels(family):
                 regions = torch.stack((sides * 0, sides * 0, sides, sides), 1)
                 wanted = [min(max(i, 0), len(levels) - 1) for i in range(-LEVELS.index(levels[0]), 4)][:4]
                 assert pool.map_levels([regions]).tolist() == wanted
-
-
-@pytest.mark.parametrize("levels", [(), ("c3", "c2"), ("c2", "c4"), ("c3", "c3"), ("c5", "c6")])
-def test_levels_that_make_no_pyramid_are_refused(levels):
-    body = create_model("cspresnet10", 0)
-    with pytest.raises(InputError, match="give neighbours of"):
-        BackboneWithNeck(body, levels, 64, "none")
 
 
 def test_backbone_stops_at_the_highest_level():

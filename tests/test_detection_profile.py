@@ -16,11 +16,13 @@ def test_costs_are_torchvisions(name):
 
 
 def test_table(capsys):
-    names = ["fcos_cspdarknet53_efm", "maskrcnn_resnet50_fpn"]
+    names = ["fcos_cspdarknet53_efm", "fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn"]
     main(["models", *names])
     printed = capsys.readouterr().out.splitlines()
     assert printed == "\n".join(table(names)).splitlines()
-    assert printed[-2].startswith("fcos_cspdarknet50_efm ")
+    assert "on its canvas of 800×1344 or 512×512" in printed[0]
+    assert printed[-3].startswith("fcos_cspdarknet50_efm ")
+    assert printed[-2].split() == ["fasterrcnn_resnet50_fpn", "41.81", "215.99", "63.52", "box", "37.0"]
     assert printed[-1].endswith("box 37.9  mask 34.6")
     with pytest.raises(SystemExit, match="2"):
         main(["models", "--all", *names])

@@ -1,5 +1,7 @@
 import csv
+import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -21,8 +23,11 @@ from detection.config import DetectorConfig
 from detection.engine import Diverged, train_one_epoch
 from detection.evaluate import run_eval
 from detection.families import FAMILIES
-from detection.models import build_detector, create_detector, load_detector, spec_of
+from detection.images import to_image
+from detection.models import build_detector, create_detector
+from detection.spec import spec_of
 from detection.train import run_train
+from detection.weights import load_detector
 from serving.shapes import draw_detection
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart" / "detector.yaml"
@@ -140,14 +145,13 @@ def test_every_family_trains(shapes, outlines, tmp_path, model, amp):
     masks = [f"data.{part}={outlines}" for part in ("train_annotations", "annotations")]
     masks.append(f"data.images={shapes / 'train'}")
     few = (
-        "train.epochs=1",
-        "data.batch_size=2",
-        f"model={model.format('cspresnet10')}",
-        "max_detections=5",
+        "train.epochs=2", "train.horizontal_flip=0", "train.vertical_flip=0", "train.color_jitter=0",
+        "train.random_crop=0", "data.batch_size=2", f"model={model.format('cspresnet10')}", "max_detections=5",
         f"amp={amp}",
-    )
+    )  # fmt: skip
     result = run_train(config(shapes, tmp_path, *few, *masks))
-    assert 0 <= result["best"]["AP50"] <= 1
+    first, second = (entry["loss"] for entry in result["history"])
+    assert second < first
     assert ("mask_AP50" in result["best"]) == model.startswith("maskrcnn")
     parts = [value for name, value in result["best"].items() if name.startswith(("loss_", "classification", "bbox"))]
     assert sum(parts) == pytest.approx(result["best"]["loss"], rel=1e-2 if amp == "true" else 1e-5)
@@ -165,7 +169,7 @@ def test_every_parameter_has_a_gradient_whatever_the_batch(family):
     nothing = [{key: value[:0] for key, value in target.items()} for target in targets]
     for wanted in (targets, nothing):
         model.zero_grad()
-        sum(model(list(images), list(wanted)).values()).backward()
+        sum(model([to_image(image) for image in images], list(wanted)).values()).backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
@@ -228,7 +232,7 @@ def test_a_diverging_run_keeps_its_batch_for_inspection(shapes, tmp_path):
         red = (pixels == (255, 0, 0)).all(-1)
         for x1, y1, _, y2 in entry["boxes"]:  # its left edge
             edge = red[round(y1) + 1 : round(y2) - 1, max(round(x1) - 1, 0) : round(x1) + 2]
-            assert edge.any(1).mean() > 0.9
+            assert edge.any(1).mean() > 0.5  # names hide some of it
     assert not list(tmp_path.glob(".diverged*"))
     run_train(config(shapes, tmp_path, "train.epochs=1", "seed=1"))
     assert (tmp_path / "previous-1" / "diverged" / "batch.json").exists()
@@ -251,6 +255,7 @@ def test_mistakes_are_a_line_each(shapes, tmp_path):
         ("model=maskrcnn_cspresnet10_fpn", "has no segmentations to learn masks from"),
         ("norm=frozen", "norm=frozen freezes random weights"),
         ("norm=sync", "norm=sync works on GPUs alone"),
+        ("levels=[c5,c3]", "levels"),
         ("data.batch_size=9", "8 images to train on are fewer than a step's 9"),
         ("resume=true", "resume=true but there is no"),
     ):
@@ -259,11 +264,38 @@ def test_mistakes_are_a_line_each(shapes, tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_cheap_mistakes_are_said_before_the_data_is_read(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr("detection.train.read_coco", lambda *args, **settings: pytest.fail("was read"))
+    for bad in ("norm=frozen", "frozen_stages=c2", "norm=sync", "levels=[c5,c3]", "weights=/nowhere", "resume=true"):
+        with pytest.raises(InputError):
+            run_train(config(shapes, tmp_path, bad))
+
+
+def test_training_and_held_out_categories_are_the_same(shapes, tmp_path):
+    held_out = json.loads((shapes / "val.json").read_text())
+    path = tmp_path / "val.json"
+    other = f"data.annotations={path}"
+    for change, message in (
+        ({3: {"id": 9, "name": "star"}}, r"one of .*train.json and .*val.json lacks the categories \[7, 9\]: list"),
+        ({0: {"id": 1, "name": "dog"}}, "category 1 is 'circle' for .*train.json and 'dog' in the annotations"),
+        ({i: {"id": 20 + i, "name": "x"} for i in range(4)}, "train.json and the annotations have no category id in"),
+    ):
+        categories = [change.get(i, category) for i, category in enumerate(held_out["categories"])]
+        path.write_text(json.dumps(held_out | {"categories": categories, "annotations": []}))
+        with pytest.raises(InputError, match=message):
+            run_train(config(shapes, tmp_path / "run", other))
+    held_out["annotations"] = []
+    path.write_text(json.dumps(held_out))
+    with pytest.raises(InputError, match="val.json has no object to learn from: give one that has"):
+        val = (f"data.train_images={shapes / 'val'}", f"data.train_annotations={path}")
+        run_train(config(shapes, tmp_path / "run", *val))
+
+
 def batches(count: int, size: int) -> list[tuple[tuple[torch.Tensor, ...], tuple[dict[str, torch.Tensor], ...]]]:
     """Pictures of one size with one to three boxes each."""
     loader = []
     for _ in range(count):
-        images = tuple(torch.rand(3, 64, 64) for _ in range(size))
+        images = tuple(torch.randint(256, (64, 64, 3), dtype=torch.uint8) for _ in range(size))
         corners = [torch.rand(i % 3 + 1, 2) * 32 for i in range(size)]
         targets = [{"boxes": torch.cat((xy, xy + 24), 1), "labels": torch.ones(len(xy)).long()} for xy in corners]
         loader.append((images, tuple(targets)))
@@ -292,24 +324,43 @@ def test_accumulated_batches_are_one_large_batch():
         torch.testing.assert_close(value, other.state_dict()[key], rtol=1e-3, atol=1e-6)
 
 
-def test_the_gradient_is_clipped_and_weights_are_averaged():
+def test_the_gradient_is_clipped():
     model = detector()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    ema = average(model, 0.75)
-    fit(model, batches(1, 2), lr=1.0, clip_grad_norm=0.01, ema=ema)
+    fit(model, batches(1, 2), lr=1.0, clip_grad_norm=0.01)
     moved = torch.cat([(now - then).flatten() for now, then in zip(model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
-    assert all(torch.equal(a, b) for a, b in zip(ema.module.parameters(), model.parameters(), strict=True))
+
+
+def test_weights_and_statistics_are_averaged_and_counts_are_not():
+    loader, after = batches(2, 2), []
+    for steps in (1, 2):
+        model = detector("batch")
+        ema = average(model, 0.75)
+        fit(model, loader[:steps], ema=ema)
+        after.append((model.state_dict(), ema.module.state_dict()))
+    (first, averaged_first), (second, averaged_second) = after
+    for key, value in averaged_second.items():
+        assert torch.equal(averaged_first[key], first[key])
+        mean = 0.75 * first[key] + 0.25 * second[key] if value.is_floating_point() else second[key]
+        torch.testing.assert_close(value, mean)
+    assert averaged_second["backbone.body.stem.conv1.bn.num_batches_tracked"] == 2
 
 
 @pytest.mark.parametrize("broken", [2, 3])
 def test_the_batch_that_diverged_is_named(broken):
-    loader = batches(4, 2)
-    loader[broken][0][0].fill_(float("nan"))
+    model = detector()
+    forward, calls = model.forward, itertools.count()
+
+    def breaking(*args):
+        losses = forward(*args)
+        return {name: loss * math.nan for name, loss in losses.items()} if next(calls) == broken else losses
+
+    model.forward = breaking
     with pytest.raises(Diverged, match="the loss is nan at step 1 ") as stop:
-        fit(detector(), loader, accumulate=2)
+        fit(model, batches(4, 2), accumulate=2)
     assert stop.value.batch == broken
-    assert {*stop.value.losses} == {"loss", "classification", "bbox_regression"}
+    assert {*stop.value.losses[0]} == {"loss", "classification", "bbox_regression"}
 
 
 def test_frozen_parts_stay_as_they_are(shapes, tmp_path):
@@ -326,3 +377,8 @@ def test_frozen_parts_stay_as_they_are(shapes, tmp_path):
     assert len(frozen) > 10
     assert all(torch.equal(first[key], last[key]) for key in frozen)
     assert not torch.equal(first["backbone.fpn.inner_blocks.0.0.weight"], last["backbone.fpn.inner_blocks.0.0.weight"])
+
+    weights.unlink()  # a resumed run does without, as long as what hangs on them is the same
+    assert run_train(start.model_copy(update={"resume": True, "metric": "fast"}))["history"] == result["history"]
+    with pytest.raises(InputError, match="of a run with norm=frozen, not batch"):
+        run_train(start.model_copy(update={"resume": True, "weights_backbone": None}))
