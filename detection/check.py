@@ -12,8 +12,8 @@ from typing import Any
 from backbones.errors import InputError
 from backbones.files import read_json
 from backbones.preprocess import decode
-from detection.check_objects import check_annotations
-from detection.findings import Entry, Finding, Found, Known, hashable, integer, pixels, short
+from detection.check_objects import check_annotation
+from detection.findings import Entry, Finding, Found, Known, each, hashable, integer, pixels, short
 from detection.images import upright_size
 
 
@@ -47,9 +47,9 @@ def check_data(
             findings.append(Finding("not-coco", "file", annotations, f"it has no list of {key}"))
             content[key] = []
     known = Known()
-    findings += _check_images(content["images"], known)
-    findings += _check_categories(content["categories"], known)
-    findings += check_annotations(content["annotations"], known)
+    findings += each("image", content["images"], known, _check_image)
+    findings += each("category", content["categories"], known, _check_category)
+    findings += each("annotation", content["annotations"], known, check_annotation)
     used = {hashable(entry.get("category_id")) for entry in content["annotations"] if isinstance(entry, dict)}
     for category_id, category in known.categories.items():
         if category_id not in used:
@@ -60,50 +60,40 @@ def check_data(
     return findings, content
 
 
-def _check_images(entries: list[Any], known: Known) -> Iterator[Finding]:
-    names: dict[str, Any] = {}
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            yield Finding("entry-invalid", "image", f"at position {i}", f"{short(entry)} is no object")
-            continue
-        key, name = entry.get("id"), entry.get("file_name")
-        where = f"at position {i}" if key is None else key
-        for kind, message in _id_defects("image", key, known.images):
-            yield Finding(kind, "image", where, message)
-        if not isinstance(name, str) or not name:
-            yield Finding("image-without-file-name", "image", where, f"file_name is {short(name)}")
-        elif name in names:
-            yield Finding("file-name-twice", "image", where, f"{name} is that of image {names[name]} too", integer(key))
-        else:
-            names[name] = key
-        size: list[Any] = [entry.get("width"), entry.get("height")]
-        if None in size:
-            yield Finding("image-without-size", "image", where, "width or height is missing", integer(key))
-        elif None in map(pixels, size):
-            yield Finding("image-size-invalid", "image", where, f"width, height are {short(size)}", integer(key))
-        if isinstance(key, int):
-            known.images.setdefault(key, entry)
+def _check_image(entry: Entry, where: Any, known: Known) -> Iterator[Finding]:
+    key, name = entry.get("id"), entry.get("file_name")
+    for kind, message in _id_defects("image", key, known.images):
+        yield Finding(kind, "image", where, message)
+    if not isinstance(name, str) or not name:
+        yield Finding("image-without-file-name", "image", where, f"file_name is {short(name)}")
+    elif name in known.file_names:
+        yield Finding(
+            "file-name-twice", "image", where, f"{name} is that of image {known.file_names[name]} too", integer(key)
+        )
+    else:
+        known.file_names[name] = key
+    size: list[Any] = [entry.get("width"), entry.get("height")]
+    if None in size:
+        yield Finding("image-without-size", "image", where, "width or height is missing", integer(key))
+    elif None in map(pixels, size):
+        yield Finding("image-size-invalid", "image", where, f"width, height are {short(size)}", integer(key))
+    if isinstance(key, int):
+        known.images.setdefault(key, entry)
 
 
-def _check_categories(entries: list[Any], known: Known) -> Iterator[Finding]:
-    names: dict[str, Any] = {}
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            yield Finding("entry-invalid", "category", f"at position {i}", f"{short(entry)} is no object")
-            continue
-        key, name = entry.get("id"), entry.get("name")
-        where = f"at position {i}" if key is None else key
-        for kind, message in _id_defects("category", key, known.categories):
-            yield Finding(kind, "category", where, message)
-        if name is None:
-            yield Finding("category-without-name", "category", where, "it will be called by its id")
-        elif str(name) in names:
-            message = f"{str(name)!r} is the name of category {names[str(name)]} too"
-            yield Finding("category-name-twice", "category", where, message)
-        else:
-            names[str(name)] = key
-        if isinstance(key, int):
-            known.categories.setdefault(key, entry)
+def _check_category(entry: Entry, where: Any, known: Known) -> Iterator[Finding]:
+    key, name = entry.get("id"), entry.get("name")
+    for kind, message in _id_defects("category", key, known.categories):
+        yield Finding(kind, "category", where, message)
+    if name is None:
+        yield Finding("category-without-name", "category", where, "it will be called by its id")
+    elif str(name) in known.class_names:
+        message = f"{str(name)!r} is the name of category {known.class_names[str(name)]} too"
+        yield Finding("category-name-twice", "category", where, message)
+    else:
+        known.class_names[str(name)] = key
+    if isinstance(key, int):
+        known.categories.setdefault(key, entry)
 
 
 def _id_defects(what: str, key: Any, known: Mapping[int, Entry]) -> Found:

@@ -16,18 +16,12 @@ FAR = 0.5  # a segmentation is far from its box if their IoU, extent against box
 Outline = tuple[float, list[float]]  # area and extent (x, y, w, h) of a sound segmentation
 
 
-def check_annotations(entries: list[Any], known: Known) -> Iterator[Finding]:
-    """Findings about the annotations, those of one together."""
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            yield Finding("entry-invalid", "annotation", f"at position {i}", f"{short(entry)} is no object")
-            continue
-        key = entry.get("id")
-        where = f"at position {i}" if key is None else key
-        outline, defects = _outline(entry.get("segmentation"), known.size(entry))
-        found = [*_identity(entry, known), *_bounds(entry, known), *_area(entry, outline), *_crowd(entry)]
-        for kind, message in [*found, *defects, *_distance(entry, outline)]:
-            yield Finding(kind, "annotation", where, message, integer(entry.get("image_id")))
+def check_annotation(entry: Entry, where: Any, known: Known) -> Iterator[Finding]:
+    """Findings about an annotation."""
+    outline, defects = _outline(entry.get("segmentation"), known.size(entry))
+    found = [*_identity(entry, known), *_bounds(entry, known), *_area(entry, outline), *_crowd(entry)]
+    for kind, message in [*found, *defects, *_distance(entry, outline)]:
+        yield Finding(kind, "annotation", where, message, integer(entry.get("image_id")))
 
 
 def _identity(entry: Entry, known: Known) -> Found:

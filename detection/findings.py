@@ -1,11 +1,12 @@
 """What the checks of a data set find and know, and how they look at values that may be anything."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 Entry = dict[str, Any]
+What = Literal["file", "image", "category", "annotation"]
 Found = Iterator[tuple[str, str]]  # kind, message
 WARNINGS = {
     "annotation-without-id", "area-disagrees", "box-larger-than-image", "box-partly-outside", "category-name-twice",
@@ -19,7 +20,7 @@ class Finding:
     """A defect: its kind, and the annotation, image, category or file that has it."""
 
     kind: str
-    what: Literal["file", "image", "category", "annotation"]
+    what: What
     id: Any
     message: str
     image_id: int | None = None
@@ -42,12 +43,26 @@ class Known:
     categories: dict[int, Entry] = field(default_factory=dict)
     annotations: set[Any] = field(default_factory=set)
     objects: dict[Any, Any] = field(default_factory=dict)  # image, category, box -> annotation id
+    file_names: dict[str, Any] = field(default_factory=dict)  # -> image id
+    class_names: dict[str, Any] = field(default_factory=dict)  # -> category id
 
     def size(self, annotation: Entry) -> tuple[int, int] | None:
         """Height and width of an annotation's image, if they are known and sound."""
         image: Entry = self.images.get(hashable(annotation.get("image_id")), {})
         height, width = pixels(image.get("height")), pixels(image.get("width"))
         return None if height is None or width is None else (height, width)
+
+
+def each(
+    what: What, entries: list[Any], known: Known, check: Callable[[Entry, Any, Known], Iterator[Finding]]
+) -> Iterator[Finding]:
+    """What `check` finds of one entry after the other, called by its id or, without one, by its position."""
+    for i, entry in enumerate(entries):
+        position = f"at position {i}"
+        if isinstance(entry, dict):
+            yield from check(entry, position if entry.get("id") is None else entry["id"], known)
+        else:
+            yield Finding("entry-invalid", what, position, f"{short(entry)} is no object")
 
 
 def box_of(entry: Entry) -> list[float] | None:

@@ -1,13 +1,11 @@
 import csv
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from killed import train_until_killed
 from torch import nn
 
 from backbones.augment import TrainAugment
@@ -65,24 +63,6 @@ def test_interrupted_training_ends_like_an_undisturbed_one(shapes, tmp_path):
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
-KILLED = """
-import os, signal, sys
-from backbones import engine
-from backbones.__main__ import main
-
-steps, step = [], engine.take_step
-
-def kill(*args):
-    steps.append(1)
-    if len(steps) == 5:  # the second of epoch 2
-        os.kill(os.getpid(), signal.SIGKILL)
-    step(*args)
-
-engine.take_step = kill
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
 def test_killed_training_ends_like_an_undisturbed_one(shapes, tmp_path):
     everything = [
@@ -90,9 +70,7 @@ def test_killed_training_ends_like_an_undisturbed_one(shapes, tmp_path):
         "train.accumulate=2", "train.ema=0.8", "train.mixup=0.2", "train.cutmix=1", "train.drop_path=0.2",
         "train.randaugment=5", "train.random_erasing=0.3", "train.clip_grad_norm=1", "data.workers=2",
     ]  # fmt: skip
-    command = [sys.executable, "-c", KILLED, "train", str(CONFIG), *everything, f"output={tmp_path / 'cut'}"]
-    killed = subprocess.run(command, capture_output=True, text=True, cwd=CONFIG.parents[2])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train_until_killed("backbones", 5, CONFIG, [*everything, f"output={tmp_path / 'cut'}"])  # the second of epoch 2
     assert len(json.loads((tmp_path / "cut" / "history.json").read_text())) == 1
     for output, more in (("whole", "data.workers=0"), ("cut", "resume=true")):
         run_train(load_config(ClassifierConfig, CONFIG, [*everything, f"output={tmp_path / output}", more]))

@@ -2,14 +2,12 @@ import csv
 import itertools
 import json
 import math
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from killed import train_until_killed
 from PIL import Image
 
 from backbones.config import load_config
@@ -81,24 +79,6 @@ def test_interrupted_training_ends_like_an_undisturbed_one(shapes, tmp_path):
     assert {row["category_id"] for row in detections} <= {1, 3, 5, 7}
 
 
-KILLED = """
-import os, signal, sys
-from detection import engine
-from detection.__main__ import main
-
-steps, take_step = [], engine.take_step
-
-def kill(*args):
-    steps.append(1)
-    if len(steps) == 3:  # the first of epoch 2
-        os.kill(os.getpid(), signal.SIGKILL)
-    take_step(*args)
-
-engine.take_step = kill
-main(sys.argv[1:])
-"""
-
-
 @pytest.mark.slow
 def test_killed_training_ends_like_an_undisturbed_one(shapes, tmp_path):
     everything = [
@@ -106,9 +86,7 @@ def test_killed_training_ends_like_an_undisturbed_one(shapes, tmp_path):
         "data.aspect_ratio_groups=1", "train.mosaic=0.3", "train.scale_jitter=[0.8,1.2]", "train.min_sizes=[48,64]",
     ]  # fmt: skip
     cut = overrides(shapes, tmp_path / "cut", *everything, "data.workers=2")
-    command = [sys.executable, "-c", KILLED, "train", str(CONFIG), *cut]
-    killed = subprocess.run(command, capture_output=True, text=True, cwd=CONFIG.parents[2])
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train_until_killed("detection", 3, CONFIG, cut)  # the first of epoch 2
     assert len(json.loads((tmp_path / "cut" / "history.json").read_text())) == 1
     run_train(config(shapes, tmp_path / "whole", *everything, "data.workers=0"))
     run_train(config(shapes, tmp_path / "cut", *everything, "resume=true"))
