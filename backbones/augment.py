@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,9 @@ class TrainAugment:
 
     def __call__(self, pixels: Pixels, index: int) -> Pixels:
         """uint8 [h, w, 3] -> uint8 [size, size, 3]."""
-        self.transform.set_random_seed(sample_seed(self.seed, self.epoch, index))
+        seed = sample_seed(self.seed, self.epoch, index)
+        # One state for all: `set_random_seed` gives each transform the same one, and crop, flip and jitter go together.
+        self.transform.set_random_state(np.random.default_rng(seed), random.Random(seed))
         augmented: Pixels = self.transform(image=pixels)["image"]
         return augmented
 

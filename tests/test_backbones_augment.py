@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,20 @@ def test_augmentation_is_the_same_for_any_number_of_workers(pixels, tmp_path):
     batches = [torch.cat([images for images, _ in create_loader(dataset, 2, workers)]) for workers in (0, 1, 2)]
     assert torch.equal(batches[0], batches[1])
     assert torch.equal(batches[0], batches[2])
+
+
+def test_transforms_are_drawn_independently():
+    rows, columns = np.mgrid[0:40, 0:40].astype(np.uint8) * 6
+    ramps = np.stack([columns, rows, rows], axis=2)  # red falls to the right where flipped, green downwards
+    augment = TrainAugment(40, seed=0, vertical_flip=0.5)
+
+    def flips(index: int) -> tuple[bool, bool]:
+        drawn = augment(ramps, index).astype(int)
+        return bool(drawn[0, -1, 0] < drawn[0, 0, 0]), bool(drawn[-1, 0, 1] < drawn[0, 0, 1])
+
+    counts = Counter(flips(index) for index in range(200))
+    assert len(counts) == 4
+    assert min(counts.values()) >= 30
 
 
 def test_nothing_is_left_when_all_is_off(pixels):
