@@ -191,7 +191,7 @@ def _box_rows(results: Sequence[Row]) -> list[Row]:
 
 def _mask_rows(results: Sequence[Row]) -> list[Row]:
     """As `_box_rows`, of masks: small and large is said of the mask's own area, as for the truth."""
-    areas = rle.area([row["segmentation"] for row in results]).tolist() if results else []
+    areas = [float(rle.area(row["segmentation"])) for row in results]  # it takes no list of more than 255
     return [
         {
             "image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"], "score": row["score"],

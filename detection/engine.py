@@ -22,7 +22,7 @@ from backbones.replica import no_sync, unwrap
 from detection.coco_eval import to_results
 from detection.families import Detector
 from detection.images import to_image
-from detection.masks import encode, paste
+from detection.masks import PastedMasks
 
 Losses = dict[str, float]
 
@@ -195,5 +195,5 @@ def _results(
     categories = [category_ids[label - 1] for label in output["labels"].tolist()]
     masks = None
     if "masks" in output:
-        masks = encode(paste(output["masks"].float(), torch.from_numpy(boxes), fitted.original))
+        masks = list(PastedMasks(output["masks"][:, 0].float().numpy(), boxes, fitted.original))
     return to_results(image_id, boxes, output["scores"].float().numpy(), categories, masks)

@@ -1,21 +1,27 @@
-"""Instance masks: COCO's polygons and run lengths to pixels, a network's masks to an image's size, and back again."""
+"""Instance masks: COCO's polygons and run lengths to pixels, a network's masks to an image's size, and back again; no
+torch here, so that checkpoints and artefacts share it.
+"""
 
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as rle
-from torch import Tensor
-from torch.nn import functional
-from torchvision.models.detection.roi_heads import expand_boxes, expand_masks
 
 from backbones.errors import InputError
 
 Segmentation = Sequence[Sequence[float]] | Mapping[str, Any]  # polygons x, y, x, y, … in pixels, or run lengths
 FARTHEST = 1e5  # pixels; a coordinate beyond that is none, and pycocotools would walk along the whole edge
+
+
+class RunLengths(TypedDict):
+    """A mask in COCO's compressed form, which JSON can hold: `size` is height, width of the image."""
+
+    size: list[int]
+    counts: str
 
 
 def is_polygon(points: object) -> bool:
@@ -102,27 +108,72 @@ def decode(segmentation: Segmentation, h: int, w: int) -> npt.NDArray[np.uint8]:
     return rle.decode(to_rle(segmentation, h, w))
 
 
-def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Iterator[npt.NDArray[np.uint8]]:
-    """A network's masks [K, 1, 28, 28] in [0, 1], one by one as uint8 [h, w], 1 where they are above one half.
-
-    As torchvision's `paste_masks_in_image`, whose K float masks of a large photograph are gigabytes.
+class PastedMasks:
+    """A network's masks as run lengths in an image's size, each made when it is asked for: what nobody asks for, such
+    as those of detections below a threshold, costs nothing.
 
     Args:
-        boxes: [K, 4] as x1, y1, x2, y2 in pixels of the image.
+        grids: float32 [K, 28, 28] in [0, 1], one in each box.
+        boxes: float32 [K, 4] as x1, y1, x2, y2 in pixels of the image.
         size: h, w of the image.
     """
-    h, w = size
-    masks, scale = expand_masks(masks, padding=1)
-    for mask, (x1, y1, x2, y2) in zip(masks, expand_boxes(boxes, scale).long().tolist(), strict=True):
-        sides = (max(1, y2 - y1 + 1), max(1, x2 - x1 + 1))
-        inside = functional.interpolate(mask[None], sides, mode="bilinear", align_corners=False)[0, 0] > 0.5
-        left, top, right, bottom = max(x1, 0), max(y1, 0), min(x2 + 1, w), min(y2 + 1, h)
-        pixels = np.zeros(size, np.uint8, order="F")  # as `encode` needs them
-        pixels[top:bottom, left:right] = inside[top - y1 : bottom - y1, left - x1 : right - x1].cpu().numpy()
-        yield pixels
+
+    def __init__(self, grids: npt.NDArray[np.float32], boxes: npt.NDArray[np.float32], size: tuple[int, int]):
+        assert len(grids) == len(boxes)
+        self.grids, self.boxes, self.size = grids, boxes, size
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __getitem__(self, index: int) -> RunLengths:
+        return encode([paste(self.grids[index], self.boxes[index], self.size)])[0]
+
+    def __iter__(self) -> Iterator[RunLengths]:
+        return (self[i] for i in range(len(self)))
 
 
-def encode(masks: Iterable[npt.NDArray[np.uint8]]) -> list[dict[str, Any]]:
-    """Masks uint8 [h, w] as COCO's compressed run lengths, their counts as text that JSON can hold."""
+def paste(grid: npt.NDArray[np.float32], box: npt.NDArray[np.float32], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """A mask [28, 28] in [0, 1] as uint8 [h, w], 1 where it is above one half.
+
+    torchvision's `paste_masks_in_image` in NumPy, operation by operation in float32, for the same pixels; of one mask
+    at a time, and no more of it than lies in the image, since its K float masks of a large photograph are gigabytes.
+
+    Args:
+        box: [4] as x1, y1, x2, y2 in pixels of the image.
+        size: h, w of the image.
+    """
+    (h, w), side = size, len(grid) + 2
+    framed = np.pad(grid, 1)  # so that a mask ends softly at its box, which grows by as much
+    half = (box[2:] - box[:2]) * np.float32(0.5) * np.float32(side / len(grid))
+    centre = (box[2:] + box[:2]) * np.float32(0.5)
+    left, top = (int(value) for value in centre - half)
+    right, bottom = (int(value) for value in centre + half)
+    x0, x1, x = _neighbours(side, left, right, w)
+    y0, y1, y = _neighbours(side, top, bottom, h)
+    pixels = np.zeros((w, h), np.uint8)  # by columns, as run lengths are
+    wide = framed.T[x0] * (1 - x)[:, None] + framed.T[x1] * x[:, None]  # [columns in the image, side]
+    values = wide[:, y0] * (1 - y)  # [columns, rows in the image]
+    values += wide[:, y1] * y
+    first_x, first_y = max(left, 0), max(top, 0)
+    pixels[first_x : first_x + len(x), first_y : first_y + len(y)] = values > 0.5
+    return pixels.T
+
+
+def _neighbours(
+    side: int, first: int, last: int, limit: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Of bilinear resizing of `side` values to the pixels first … last, for those within 0 … limit: the two values
+    that a pixel lies between, and how far it is from the first.
+    """
+    stretched = max(1, last - first + 1)
+    inside = np.arange(max(first, 0), min(first + stretched, limit)) - first
+    at = (inside.astype(np.float32) + np.float32(0.5)) * np.float32(side / stretched) - np.float32(0.5)
+    at = at.clip(0)
+    below = at.astype(np.int64)
+    return below, np.minimum(below + 1, side - 1), at - below.astype(np.float32)
+
+
+def encode(masks: Iterable[npt.NDArray[np.uint8]]) -> list[RunLengths]:
+    """Masks uint8 [h, w] as COCO's compressed run lengths."""
     runs = (rle.encode(np.asfortranarray(mask)) for mask in masks)
     return [{"size": [int(side) for side in run["size"]], "counts": run["counts"].decode()} for run in runs]

@@ -1,5 +1,6 @@
 """What a detector costs, counted on the meta device, without memory."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -59,6 +60,20 @@ def profile(
                 _neck_and_heads(model, maps, proposals, detections)
             gmacs.append((of_body + flops.get_total_flops()) / 2 / 1e9)
     return Cost(sum(parameter.numel() for parameter in model.parameters()) / 1e6, tuple(gmacs))
+
+
+@torch.no_grad()
+def gmacs(model: Detector, canvas: tuple[int, int]) -> float:
+    """Billions of multiply-adds of a built detector for an image on a canvas of height, width in pixels, counted as
+    `profile` does, with as many proposals and detections as it keeps at most.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    regions = model.rpn.post_nms_top_n() if isinstance(model, FasterRCNN) else 0
+    detections = model.roi_heads.detections_per_img if isinstance(model, FasterRCNN) else 0
+    with torch.device("meta"), FlopCounterMode(display=False) as flops:
+        maps = model.backbone.body.forward_features(torch.empty(1, 3, *canvas))
+        _neck_and_heads(model, maps, regions, detections)
+    return flops.get_total_flops() / 2 / 1e9
 
 
 @cache

@@ -12,7 +12,7 @@ from shared_data import real
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from backbones.errors import InputError
-from detection.masks import _run_lengths, are_whole, decode, encode, is_usable, paste
+from detection.masks import PastedMasks, _run_lengths, are_whole, decode, encode, is_usable, paste
 
 
 def test_polygons_and_run_lengths_are_the_pixels_they_describe():
@@ -106,14 +106,41 @@ def test_what_is_usable_without_the_images_size():
     assert not is_usable({"size": [10**6, 10**6], "counts": [10**12]}, None)  # more than pycocotools counts
 
 
+def smooth(count: int) -> torch.Tensor:
+    """Masks as networks give them, [count, 1, 28, 28] with values between 0 and 1."""
+    coarse = torch.randn((count, 1, 7, 7), generator=torch.Generator().manual_seed(0)) * 3
+    return torch.nn.functional.interpolate(coarse, (28, 28), mode="bicubic").sigmoid()
+
+
+def pasted(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+    return np.stack([paste(grid, box, size) for grid, box in zip(masks[:, 0].numpy(), boxes.numpy(), strict=True)])
+
+
 def test_pasting_is_torchvisions_at_one_half():
-    masks = torch.rand((5, 1, 28, 28), generator=torch.Generator().manual_seed(0))
-    boxes = torch.tensor([[2.0, 3, 20, 30], [0, 0, 60, 40], [-5, -5, 10, 12], [50, 30, 80, 70], [7.2, 7.4, 7.9, 7.8]])
-    found = np.stack(list(paste(masks, boxes, (40, 60))))
+    masks = torch.rand((6, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor(
+        [[2.0, 3, 20, 30], [0, 0, 60, 40], [-5, -5, 10, 12], [50, 30, 80, 70], [7.2, 7.4, 7.9, 7.8], [90, 9, 95, 20]]
+    )
+    found = pasted(masks, boxes, (40, 60))
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, paste_masks_in_image(masks, boxes, (40, 60))[:, 0] > 0.5)
-    assert found.any(axis=(1, 2)).tolist()[:4] == [True] * 4
-    assert list(paste(masks[:0], boxes[:0], (40, 60))) == []
-    (whole,) = paste(torch.ones((1, 1, 28, 28)), torch.tensor([[10.0, 5, 25, 15]]), (20, 30))
+    assert found.any(axis=(1, 2)).tolist() == [True] * 4 + [found[4].any(), False]
+    whole = paste(np.ones((28, 28), np.float32), np.array([10, 5, 25, 15], np.float32), (20, 30))
     ys, xs = whole.nonzero()
     np.testing.assert_allclose([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], [10, 5, 25, 15], atol=1)
+
+
+def test_pasting_is_torchvisions_for_boxes_of_any_size():
+    """All pixels alike, unless torchvision's own value is within rounding of one half."""
+    rng, (h, w), count = np.random.default_rng(0), (240, 320), 100
+    centres, sides = rng.random((count, 2)) * (w, h), np.exp(rng.uniform(0, np.log(2 * w), (count, 2)))
+    boxes = torch.from_numpy(np.concatenate((centres - sides / 2, centres + sides / 2), 1).astype(np.float32))
+    masks = smooth(count)
+    expected = paste_masks_in_image(masks, boxes, (h, w))[:, 0].numpy()
+    found = pasted(masks, boxes, (h, w))
+    assert found.sum() > 1e5
+    assert (np.abs(expected[found != (expected > 0.5)] - 0.5) < 1e-6).all()
+    runs = PastedMasks(masks[:, 0].numpy(), boxes.numpy(), (h, w))
+    assert list(runs) == encode(found)
+    assert runs[7] == encode(found[7:8])[0]
+    assert list(PastedMasks(masks[:0, 0].numpy(), boxes[:0].numpy(), (h, w))) == []
