@@ -215,6 +215,14 @@ def canvas_size(pixels: Pixels, divisor: int) -> tuple[int, int]:
     return -(-h // divisor) * divisor, -(-w // divisor) * divisor
 
 
+def canvases(spec: DetectorPreprocess) -> tuple[tuple[int, int], ...]:
+    """Height and width of every canvas that an image of any shape can get, in order."""
+    sizes = [(spec.min_size, long) for long in range(spec.min_size, spec.max_size + 1)]
+    sizes += [(short, spec.max_size) for short in range(1, spec.min_size + 1)]
+    padded = {(-(-h // spec.divisor) * spec.divisor, -(-w // spec.divisor) * spec.divisor) for h, w in sizes}
+    return tuple(sorted(padded | {(w, h) for h, w in padded}))
+
+
 def stack(images: Sequence[Pixels], divisor: int) -> tuple[Pixels, npt.NDArray[np.int64]]:
     """Images [h, w, 3] padded at the right and bottom onto one canvas [N, H, W, 3], and sizes [N, 2] (h, w).
 

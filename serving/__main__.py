@@ -1,15 +1,20 @@
-"""python -m serving {export,run,batch,eval,quickstart}."""
+"""python -m serving {export,inspect,quantize,run,batch,eval,quickstart}."""
 
 import argparse
+import json
 from collections.abc import Sequence
 
-from backbones.cli import add_config_arguments, run_command
+from backbones.cli import add_config_arguments, at_least, run_command
+from serving.providers import PROVIDERS
 
 
 def _export(args: argparse.Namespace) -> None:
     from serving.export import run_export
 
-    artifact = run_export(args.weights, args.output, model=args.model, images=args.images)
+    artifact = run_export(
+        args.weights, args.output, model=args.model, images=args.images, precision=args.precision, nms=args.nms,
+        score_threshold=args.score_threshold, nms_iou=args.nms_iou, max_detections=args.max_detections,
+    )  # fmt: skip
     parity = artifact.parity
     differences = ", ".join(f"{name} {value:.2g}" for name, value in parity.largest.items())
     matched = f" with {parity.detections} detections of both" if artifact.task == "detection" else ""
@@ -17,6 +22,29 @@ def _export(args: argparse.Namespace) -> None:
     print(f"largest difference from PyTorch on {parity.images} pictures{matched}: {differences}")
     if artifact.task == "detection" and not parity.detections:
         print("no detection was compared: export with --images FOLDER of pictures that show objects")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from serving.describe import describe, summary
+
+    description = describe(args.file)
+    lines = [json.dumps(description, indent=2)] if args.json else summary(description)
+    print("\n".join(lines))
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from serving.quantize import run_quantize
+
+    artifact = run_quantize(
+        args.model, args.output, args.config, args.overrides, calibration=args.calibration, images=args.images,
+        method=args.method, max_drop=args.max_drop, force=args.force,
+    )  # fmt: skip
+    about = artifact.quantization
+    assert about is not None
+    print(
+        f"{args.output}: {artifact.model} in INT8 ({about.method}, {about.kept_float} nodes in float), "
+        f"{about.metric} {about.before:.4f} to {about.after:.4f}, {about.speedup:.2f} times as fast"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -69,7 +97,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("-o", "--output", required=True, help="the .onnx file to write")
     command.add_argument("--model", help="the network's name, for weights that do not say it")
     command.add_argument("--images", metavar="DIR", help="pictures to compare on; drawn ones if not given")
+    command.add_argument("--precision", choices=("fp32", "fp16"), default="fp32", help="of the networks in the graph")
+    command.add_argument("--no-nms", dest="nms", action="store_false", help="a detector's raw heads")
+    command.add_argument("--score-threshold", type=float, help="of a detector, like the next two; else its weights'")
+    command.add_argument("--nms-iou", type=float)
+    command.add_argument("--max-detections", type=int)
     command.set_defaults(run=_export)
+
+    command = commands.add_parser("inspect", help="what an artefact says about itself, and its graph")
+    command.add_argument("file", metavar="FILE.onnx")
+    command.add_argument("--json", action="store_true", help="all of it, for programs")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("quantize", help="a float artefact to INT8, with its accuracy and speed measured")
+    command.add_argument("model", metavar="FILE.onnx")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
+    command.add_argument("-o", "--output", required=True, help="the .onnx file to write")
+    command.add_argument("--config", required=True, help="the YAML file whose data accuracy is measured on")
+    command.add_argument(
+        "--calibration", metavar="DIR", help="images to choose ranges on, not the config's training split"
+    )
+    command.add_argument("--images", type=at_least(1), default=200, help="how many of them")
+    command.add_argument("--method", choices=("auto", "minmax", "percentile", "entropy"), default="auto")
+    command.add_argument("--max-drop", type=float, default=0.5, help="points of top-1 or AP50 that may be lost")
+    command.add_argument("--force", action="store_true", help="write it even if it lost more or is not faster")
+    command.set_defaults(run=_quantize)
 
     command = commands.add_parser("run", help="serve artefacts on Ray Serve until Ctrl-C")
     add_config_arguments(command)
@@ -82,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--actors", type=int, default=1)
     command.add_argument("--num-gpus", type=float, default=0, help="of each actor; a fraction shares a GPU")
-    command.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--provider", choices=PROVIDERS, default="auto")
     command.set_defaults(run=_batch)
 
     command = commands.add_parser("eval", help="top-1 or AP50 of an artefact, an endpoint or a batch job's results")
@@ -91,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--model", metavar="FILE.onnx")
     source.add_argument("--endpoint", metavar="URL", help="of a server or of one of its models")
     source.add_argument("--predictions", metavar="FILE.parquet", help="what `serving batch` wrote")
-    command.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="for --model")
+    command.add_argument("--provider", choices=PROVIDERS, default="auto", help="for --model")
     command.set_defaults(run=_eval)
 
     command = commands.add_parser("quickstart", help="the whole line on drawn data, in minutes on a laptop's CPU")

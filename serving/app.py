@@ -94,7 +94,12 @@ class ModelReplica:
             return classify_answer(metadata, await self._run(request), top_k)
         # Below the artefact's own threshold there is nothing to return.
         threshold = read_parameter(request, "score_threshold", float, metadata.score_threshold, 1)
-        return detect_answer(metadata, await self._run(request), threshold)
+        found = await self._run(request)
+        if found.masks is None:
+            return detect_answer(metadata, found, threshold)
+        # Masks are pasted as they are read, which the event loop has no time for.
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.decoders, detect_answer, metadata, found, threshold)
 
     async def _run(self, request: Request) -> Any:
         body = await read_image(request, self.max_body_bytes)
@@ -204,10 +209,10 @@ def check_artifact(model: ServedModel) -> str:
     """An artefact's task, if onnxruntime can load it; on the CPU, wherever it will run.
 
     Raises:
-        InputError: it is missing or broken.
+        InputError: it is missing or broken, or finds no detections.
     """
     try:
-        return OnnxModel(model.artifact, "cpu", threads=1).metadata.task
+        return create_predictor(OnnxModel(model.artifact, "cpu", threads=1)).metadata.task
     except InputError as error:
         raise InputError(f"model {model.name!r}: {error}") from None
 

@@ -1,6 +1,6 @@
 """Many images through one artefact on Ray Data, into one Parquet file; no torch here.
 
-One row an image, in the order of the input. `read_results` gives back what the predictor gave, to the bit.
+One row an image, in the order of the input.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -23,28 +22,15 @@ from backbones.errors import InputError
 from backbones.files import IMAGE_SUFFIXES, list_images, write_aside
 from backbones.preprocess import ImageError
 from backbones.progress import progress
-from serving.artifact import KEY, Artifact, from_metadata, to_metadata
-from serving.predictor import Classification, Detections, Predictor, create_predictor
+from serving.artifact import Artifact
+from serving.predictor import Predictor, create_predictor
+from serving.providers import ON_GPU, Provider
 from serving.ray_start import start_ray
-from serving.runtime import OnnxModel, Provider, usable_cores
+from serving.results import Row, schema_of, to_table
+from serving.runtime import OnnxModel, usable_cores
 
-TOP_K = 5  # classes that a classifier's row keeps
 BATCHES_A_TASK = 8  # at most: enough to hide Ray's cost of a task, few enough for the progress bar to move
 ROWS_A_GROUP = 4096  # of the Parquet file, and held in memory until then
-
-SCHEMA = pa.schema(
-    [
-        pa.field("path", pa.string(), nullable=False),  # below the input folder; else as it was given
-        pa.field("status", pa.string(), nullable=False),  # "ok" or "error"
-        ("error", pa.string()),
-        ("height", pa.int32()),  # height and width of the upright original: detections only
-        ("width", pa.int32()),
-        ("labels", pa.list_(pa.string())),
-        ("indices", pa.list_(pa.int64())),  # into the artefact's classes
-        ("scores", pa.list_(pa.float32())),
-        ("boxes", pa.list_(pa.list_(pa.float32()))),  # [K, 4] x1, y1, x2, y2 in the original: detections only
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -53,19 +39,6 @@ class File:
 
     name: str
     source: bytes  # an absolute path as the operating system has it, which need not be UTF-8
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one image: a result, or the error in its place. A classification holds the best `TOP_K`."""
-
-    path: str
-    result: Classification | Detections | None
-    error: str | None = None
-
-    @property
-    def status(self) -> str:
-        return "ok" if self.error is None else "error"
 
 
 def run_batch(
@@ -87,19 +60,25 @@ def run_batch(
         InputError: no images, no artefact, an output that cannot be written, or GPUs that cannot be had.
     """
     start = time.perf_counter()
-    if (provider == "cuda" and num_gpus == 0) or (provider == "cpu" and num_gpus > 0):
-        raise InputError(f"provider {provider} does not go with num_gpus={num_gpus}: CUDA needs a share of a GPU")
     if min(batch_size, actors) < 1 or num_gpus < 0:
         raise InputError(f"batch_size={batch_size}, actors={actors}, num_gpus={num_gpus}: give at least 1, 1 and 0")
+    if provider == "auto":
+        provider = "cuda" if num_gpus else "cpu"
+    if (provider in ON_GPU) != (num_gpus > 0):
+        raise InputError(
+            f"provider {provider} does not go with num_gpus={num_gpus}: cuda and tensorrt need a share of a GPU, and "
+            "no other has a use for it"
+        )
     files = list_files(Path(input))
-    artifact = OnnxModel(model, "cpu", threads=1).metadata
+    here: Provider = "cpu" if provider in ON_GPU else provider  # the GPU is the actors'
+    artifact = create_predictor(OnnxModel(model, here, threads=1)).metadata
     if Path(output).is_dir():
         raise InputError(f"output {output} is a folder: name a file in it, such as {Path(output) / 'results.parquet'}")
     tasks = list(_parts(files, batch_size * _batches_a_task(len(files), batch_size, actors)))
     with write_aside(output) as aside, progress(total=len(files), desc="batch", unit="image") as bar, _ray():
         worker = {
             "path": str(Path(model).absolute()),
-            "provider": "cuda" if num_gpus else "cpu",
+            "provider": provider,
             "batch_size": batch_size,
         }
         results = _stream(tasks, worker, actors, num_gpus)
@@ -188,14 +167,14 @@ def _predict(predictor: Predictor, files: Sequence[File], prepared: Sequence[Fut
 
 
 class BatchWorker:
-    """A predictor in a Ray actor: a row with one task's files in, tables of `SCHEMA` out."""
+    """A predictor in a Ray actor: a row with one task's files in, tables of `schema_of` out."""
 
     def __init__(self, path: str, provider: Provider, batch_size: int, threads: int):
         cores = usable_cores()
         threads = min(threads, cores)
         self.predictor = create_predictor(OnnxModel(path, provider, threads))
         self.batch_size = batch_size
-        self.pool = ThreadPoolExecutor(threads if provider == "cpu" else cores, thread_name_prefix="decode")
+        self.pool = ThreadPoolExecutor(cores if provider in ON_GPU else threads, thread_name_prefix="decode")
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         (task,) = table.to_pylist()
@@ -204,62 +183,14 @@ class BatchWorker:
             yield to_table(rows, self.predictor.metadata)
 
 
-def to_table(rows: Iterable[Row], artifact: Artifact) -> pa.Table:
-    """Rows as a table of `SCHEMA`; floats are exact."""
-    return pa.Table.from_pylist([_record(row, artifact) for row in rows], schema=SCHEMA)
-
-
-def _record(row: Row, artifact: Artifact) -> dict[str, Any]:
-    record: dict[str, Any] = {"path": row.path, "status": row.status, "error": row.error}
-    if row.result is None:
-        return record
-    if isinstance(row.result, Detections):
-        indices, scores = row.result.indices, row.result.scores
-        record |= {"height": row.result.size[0], "width": row.result.size[1], "boxes": row.result.boxes.tolist()}
-    else:
-        indices, scores = row.result.indices[:TOP_K], row.result.probabilities[:TOP_K]
-    labels = [artifact.classes[i] for i in indices]
-    return record | {"labels": labels, "indices": indices.tolist(), "scores": scores.tolist()}
-
-
-def read_results(path: str | Path) -> tuple[Artifact, list[Row]]:
-    """What `run_batch` wrote: what the artefact says about itself, and a row an image.
-
-    Raises:
-        InputError: no such file, or none that `run_batch` wrote.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"no results at {path}: make them with `python -m serving batch`")
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is no Parquet file ({reason}): make it with `python -m serving batch`") from None
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    if KEY not in metadata or not table.schema.equals(SCHEMA):
-        raise InputError(f"{path} holds no results of this project: make it with `python -m serving batch`")
-    return from_metadata(metadata, path), [_row(record) for record in table.to_pylist()]
-
-
-def _row(record: dict[str, Any]) -> Row:
-    if record["status"] == "error":
-        return Row(record["path"], None, record["error"])
-    indices = np.array(record["indices"], dtype=np.int64)
-    scores = np.array(record["scores"], dtype=np.float32)
-    if record["boxes"] is None:
-        return Row(record["path"], Classification(indices, scores))
-    boxes = np.array(record["boxes"], dtype=np.float32).reshape(-1, 4)
-    return Row(record["path"], Detections(boxes, scores, indices, (record["height"], record["width"])))
-
-
 def _write(tables: Iterable[pa.Table], path: Path, artifact: Artifact, bar: "tqdm[Any]") -> int:
     """Write the tables as they come; how many rows hold an error."""
     errors = 0
     waiting: list[pa.Table] = []
-    schema = SCHEMA.with_metadata(to_metadata(artifact))
+    schema = schema_of(artifact)
     with pq.ParquetWriter(path, schema) as writer:
         for table in tables:
-            waiting.append(table.select(SCHEMA.names).cast(schema))
+            waiting.append(table.select(schema.names).cast(schema))
             if sum(map(len, waiting)) >= ROWS_A_GROUP:
                 writer.write_table(pa.concat_tables(waiting))
                 waiting.clear()

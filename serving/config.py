@@ -4,7 +4,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from backbones.schema import Section
-from serving.runtime import Provider
+from serving.providers import ON_GPU, Provider
 
 
 class ServedModel(Section):
@@ -16,7 +16,7 @@ class ServedModel(Section):
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)  # of each replica; a fraction shares a GPU
     provider: Provider = "auto"
-    threads: int | None = Field(default=None, ge=1)  # of onnxruntime; null is one a core
+    threads: int | None = Field(default=None, ge=1)  # of one operator; null is one a core
     max_batch_size: int = Field(default=8, ge=1)
     max_ongoing_requests: int = Field(default=64, ge=1)  # at least the batch size, or batches never fill
     max_queued_requests: int = Field(default=256, ge=1)  # beyond these a client gets 503 at once
@@ -29,8 +29,8 @@ class ServedModel(Section):
                 f"max_ongoing_requests {self.max_ongoing_requests} is below max_batch_size {self.max_batch_size}, "
                 "so batches would never fill; raise it"
             )
-        if self.provider == "cuda" and not self.num_gpus:
-            raise ValueError("provider cuda needs num_gpus above 0: Ray hides the GPUs from replicas without")
+        if self.provider in ON_GPU and not self.num_gpus:
+            raise ValueError(f"provider {self.provider} needs num_gpus above 0: Ray hides GPUs from replicas without")
         return self
 
 

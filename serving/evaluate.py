@@ -29,9 +29,10 @@ from detection.config import DetectorConfig
 from detection.evaluate import summary as detector_summary
 from detection.spec import canonical_name
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
-from serving.batch import File, Row, predict_files, read_results
+from serving.batch import File, predict_files
 from serving.client import Client
 from serving.predictor import Classification, Detections, create_predictor
+from serving.results import Row, read_results
 from serving.runtime import OnnxModel, Provider
 from serving.schemas import parse_classify, parse_detect
 
@@ -54,13 +55,13 @@ class ArtifactSource:
     """The artefact itself, run here."""
 
     def __init__(self, path: str | Path, provider: Provider = "auto"):
-        self.name, self._model = "artifact", OnnxModel(path, provider)
-        self.metadata = self._model.metadata
+        self.name, self._predictor = "artifact", create_predictor(OnnxModel(path, provider))
+        self.metadata: Artifact = self._predictor.metadata
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
         files = [File(str(path), os.fsencode(path.absolute())) for path in paths]
         with ThreadPoolExecutor() as pool:
-            for rows in predict_files(create_predictor(self._model), files, BATCH_SIZE, pool):
+            for rows in predict_files(self._predictor, files, BATCH_SIZE, pool):
                 yield from rows
 
 
@@ -147,7 +148,11 @@ def run_eval(config: str, overrides: Sequence[str], source: Source) -> tuple[dic
             _same(value, getattr(source.metadata, name), name)
         result, output = _ap(detector, source, source.metadata), detector.output
         line = detector_summary(result)
-    result |= {"source": source.name, "artifact": source.metadata.model_dump(mode="json")}
+    result |= {
+        "source": source.name,
+        "precision": source.metadata.precision,
+        "artifact": source.metadata.model_dump(mode="json"),
+    }
     path = Path(output) / f"eval-{source.name}.json"
     write_json(path, result)
     return result, f"{line}; {path}"
@@ -177,17 +182,18 @@ def _top1(config: ClassifierConfig, source: Source, artifact: ClassifierArtifact
 
 
 def _ap(config: DetectorConfig, source: Source, artifact: DetectorArtifact) -> dict[str, Any]:
-    dataset = read_coco(config.data.images, config.data.annotations, "data.")
+    dataset = read_coco(config.data.images, config.data.annotations, "data.", sized=artifact.masks)
     dataset.check_categories(artifact.category_ids, artifact.classes, artifact.model)
     results = []
     rows = source.rows([record.path for record in dataset.records])
     for record, row in zip(dataset.records, _shown(rows, len(dataset.records), source.name), strict=True):
         assert isinstance(row.result, Detections)
         categories = [artifact.category_ids[i] for i in row.result.indices]
-        results += to_results(record.image_id, row.result.boxes, row.result.scores, categories)
+        masks = None if row.result.masks is None else list(row.result.masks)
+        results += to_results(record.image_id, row.result.boxes, row.result.scores, categories, masks)
     assert config.data.annotations is not None
     write_json(Path(config.output) / f"detections-{source.name}.json", results)
-    return coco_figures(config.data.annotations, results, config.metric)
+    return coco_figures(config.data.annotations, results, config.metric, artifact.masks)
 
 
 def _shown(rows: Iterator[Row], total: int, title: str) -> Iterator[Row]:

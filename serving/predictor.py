@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from backbones.errors import InputError
 from backbones.metrics import rank
 from backbones.preprocess import Fitted, Pixels, canvas_size, classifier_pixels, decode, detector_pixels, stack
+from detection.masks import PastedMasks, RunLengths
 from serving.artifact import ClassifierArtifact, DetectorArtifact
 from serving.runtime import OnnxModel
 
@@ -30,12 +32,14 @@ class Classification:
 class Detections:
     """An image's detections, best first: `boxes` float32 [K, 4] as x1, y1, x2, y2 in pixels of the upright
     original, `scores` float32 [K], `indices` int64 [K] into the artefact's classes; `size` is (height, width).
+    `masks` are in the original's size, of an artefact that has them.
     """
 
     boxes: npt.NDArray[np.float32]
     scores: npt.NDArray[np.float32]
     indices: npt.NDArray[np.int64]
     size: tuple[int, int]
+    masks: PastedMasks | list[RunLengths] | None = None
 
 
 class Classifier:
@@ -91,24 +95,37 @@ class Detector:
 
 def _detections(outputs: dict[str, npt.NDArray[Any]], row: int, item: Fitted) -> Detections:
     k = int(outputs["num_detections"][row])
-    return detections(outputs["boxes"][row, :k], outputs["scores"][row, :k], outputs["labels"][row, :k], item)
+    masks = outputs["masks"][row, :k] if "masks" in outputs else None
+    return detections(outputs["boxes"][row, :k], outputs["scores"][row, :k], outputs["labels"][row, :k], item, masks)
 
 
 def detections(
-    boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], item: Fitted
+    boxes: npt.NDArray[np.float32],
+    scores: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.int64],
+    item: Fitted,
+    masks: npt.NDArray[np.float32] | None = None,
 ) -> Detections:
-    """A detector's own output for one image. Label 0, the background, is no detection: one-stage detectors have
-    an output for it that training never asks for.
+    """A detector's own output for one image; masks are [K, 28, 28]. Label 0, the background, is no detection:
+    one-stage detectors have an output for it that training never asks for.
     """
     object_ = labels > 0
-    return Detections(item.to_original(boxes[object_]), scores[object_], labels[object_] - 1, item.original)
+    boxes = item.to_original(boxes[object_])
+    pasted = None if masks is None else PastedMasks(masks[object_], boxes, item.original)
+    return Detections(boxes, scores[object_], labels[object_] - 1, item.original, pasted)
 
 
 Predictor = Classifier | Detector
 
 
 def create_predictor(model: OnnxModel) -> Predictor:
-    """The predictor for an artefact's task."""
+    """The predictor for an artefact's task.
+
+    Raises:
+        InputError: the artefact's outputs are raw heads, which are no detections yet.
+    """
     if isinstance(model.metadata, ClassifierArtifact):
         return Classifier(model, model.metadata)
+    if not model.metadata.nms:
+        raise InputError(f"{model.path} has raw heads, not detections: export without --no-nms to run it here")
     return Detector(model, model.metadata)

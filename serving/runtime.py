@@ -1,92 +1,124 @@
-"""An onnxruntime session on the provider that was asked for, and nothing less; no torch here."""
+"""An artefact ready to run, on the provider that was asked for and nothing less; no torch here."""
 
-import ctypes
-import os
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy.typing as npt
-import onnxruntime as ort
 
 from backbones.errors import InputError
-from serving.artifact import from_metadata
+from serving.artifact import read_artifact
+from serving.ort_session import OrtSession
+from serving.providers import ON_GPU, Provider, driver_problem, missing, usable_cores
 
-Provider = Literal["auto", "cpu", "cuda"]
-_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+__all__ = ["OnnxModel", "Provider", "usable_cores"]
+_LOG = logging.getLogger(__name__)
+_DTYPES = {"tensor(uint8)": "uint8", "tensor(int64)": "int64"}  # of inputs
 
 
-def cuda_devices() -> int:
-    """CUDA devices that the driver shows. onnxruntime lists its CUDA provider without any, so it cannot be asked."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
+class _Session(Protocol):
+    provider: str
+    inputs: dict[str, tuple[str, list[Any]]]
+    outputs: dict[str, tuple[str, list[Any]]]
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]: ...
 
 
 class OnnxModel:
-    """An artefact ready to run.
+    """An artefact ready to run, by several threads at once.
 
     Attributes:
         metadata: what the artefact says about itself.
-        provider: onnxruntime's name of the execution provider in use.
+        provider: onnxruntime's name of the execution provider in use, or `OpenVINO`.
+        inputs, outputs: by name, onnxruntime's name of the type and the shape; what is no int is of any size.
 
     Args:
         path: the `.onnx` file.
-        provider: `auto` is CUDA where the driver shows a device, else the CPU.
+        provider: `auto` is TensorRT, CUDA or the CPU, the first that works here. What TensorRT cannot do runs on CUDA.
         threads: of one operator on the CPU; None is one a core that this process may use. Never left to
             OMP_NUM_THREADS, which Ray sets to 1.
+        cache: keep optimised graphs, and what TensorRT and OpenVINO compile, for the next start: in $CSPNET_CACHE if
+            that is set, else beside the artefact in `<name>.onnx.cache/`, or if that cannot be written in the user's
+            cache. An entry is as large as the artefact. On CUDA there is nothing to keep.
+        cuda_graphs: record a CUDA graph for each input shape and replay it: less work for the CPU, more memory, for a
+            classifier in batches of few sizes.
+        gpu_mem_limit: bytes of CUDA's arena.
 
     Raises:
-        InputError: no file, no artefact of this project, or a provider that cannot be had.
+        InputError: no artefact, not a whole one, or a provider that cannot be had.
     """
 
-    def __init__(self, path: str | Path, provider: Provider = "auto", threads: int | None = None):
-        if not Path(path).is_file():
-            raise InputError(f"no artefact at {path}: make one with `python -m serving export`")
-        wanted = ("cuda" if cuda_devices() else "cpu") if provider == "auto" else provider
-        if wanted == "cuda":
-            ort.preload_dlls()  # the CUDA libraries of the installed wheels
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or usable_cores()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # as PyTorch is told, and far faster
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=[_provider(wanted)])
-        except Exception as error:  # onnxruntime's exceptions share no public base
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{path} is no ONNX file that onnxruntime loads ({reason}): export it again") from None
+    def __init__(
+        self,
+        path: str | Path,
+        provider: Provider = "auto",
+        threads: int | None = None,
+        cache: bool = True,
+        *,
+        cuda_graphs: bool = False,
+        gpu_mem_limit: int | None = None,
+    ):
+        if cuda_graphs and provider != "cuda":
+            raise InputError(f"cuda_graphs does not go with provider {provider}: ask for cuda, or leave it out")
         self.path = Path(path)
-        self.provider: str = self._session.get_providers()[0]
-        if self.provider != _NAMES[wanted]:
-            raise InputError(
-                f"asked for {_NAMES[wanted]} but onnxruntime gives {self.provider}: install the CUDA libraries and "
-                "driver that onnxruntime-gpu needs, or set provider to cpu"
-            )
-        self.metadata = from_metadata(self._session.get_modelmeta().custom_metadata_map, path)
-        self.inputs = {value.name: (value.type, value.shape) for value in self._session.get_inputs()}
-        self.outputs = {value.name: (value.type, value.shape) for value in self._session.get_outputs()}
+        self.metadata, sha256 = read_artifact(path)
+        threads = threads or usable_cores()
+
+        def open_session(wanted: Provider) -> _Session:
+            if wanted == "openvino":
+                return _openvino(self.path, sha256, threads, cache)
+            return OrtSession(self.path, sha256, wanted, threads, cache, gpu_mem_limit, cuda_graphs)
+
+        self._session = _best(open_session) if provider == "auto" else open_session(provider)
+        self.provider, self.inputs, self.outputs = self._session.provider, self._session.inputs, self._session.outputs
 
     def run(self, **inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """One batch, by the artefact's input and output names."""
-        return dict(zip(self.outputs, self._session.run(None, inputs), strict=True))
+        """One batch, by the artefact's input and output names.
+
+        Raises:
+            InputError: an input of another name, type or shape, or a batch that the runtime fails on.
+        """
+        self._check(inputs)
+        try:
+            return dict(zip(self.outputs, self._session.run(inputs), strict=True))
+        except Exception as error:  # the runtimes' exceptions share no public base
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.path} fails on {self.provider} with {shapes}: {reason}") from error
+
+    def _check(self, inputs: Mapping[str, npt.NDArray[Any]]) -> None:
+        if inputs.keys() != self.inputs.keys():
+            raise InputError(f"{self.path} takes {', '.join(self.inputs)}, not {', '.join(inputs) or 'nothing'}")
+        for name, (kind, shape) in self.inputs.items():
+            value, sizes = inputs[name], [size if isinstance(size, int) else None for size in shape]
+            fits = len(value.shape) == len(sizes) and all(
+                has == size or size is None for has, size in zip(value.shape, sizes, strict=True)
+            )
+            if value.dtype != _DTYPES[kind] or not fits:
+                wanted = f"{_DTYPES[kind]} [{', '.join('any' if size is None else str(size) for size in sizes)}]"
+                raise InputError(f"{self.path} takes {name} as {wanted}, not {value.dtype} {list(value.shape)}")
 
 
-def _provider(wanted: str) -> Any:
-    if wanted == "cpu":
-        return _NAMES["cpu"]
-    options = {
-        "arena_extend_strategy": "kSameAsRequested",  # not to the next power of two
-        "cudnn_conv_algo_search": "HEURISTIC",  # a new shape does not wait for an exhaustive search
-        "use_tf32": "0",  # it would move the figures
-    }
-    return (_NAMES["cuda"], options)
+def _best(open_session: Callable[[Provider], _Session]) -> _Session:
+    """The session of the best provider that works here. The log says which, and why not a better one."""
+    nearly = not driver_problem()  # a GPU that is not used is worth a warning
+    for wanted in ON_GPU:
+        try:
+            session = open_session(wanted)
+        except InputError as error:
+            _LOG.log(logging.WARNING if nearly and wanted == "cuda" else logging.INFO, "auto: %s", error)
+        else:
+            break
+    else:
+        session = open_session("cpu")
+    _LOG.info("auto: %s", session.provider)
+    return session
+
+
+def _openvino(path: Path, sha256: str, threads: int, cache: bool) -> _Session:
+    if reason := missing("openvino"):
+        raise InputError(f"asked for openvino, but {reason}; or ask for cpu")
+    from serving.openvino_session import OpenVinoSession  # the package is optional
+
+    return OpenVinoSession(path, sha256, threads, cache)

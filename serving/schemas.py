@@ -3,7 +3,9 @@
 from typing import TypedDict
 
 import numpy as np
+from typing_extensions import NotRequired
 
+from detection.masks import RunLengths
 from serving.artifact import Artifact, DetectorArtifact
 from serving.predictor import Classification, Detections
 
@@ -22,10 +24,13 @@ class ClassifyAnswer(TypedDict):
 
 
 class Box(TypedDict):
+    """A detection; `segmentation` is its mask, of a model that finds masks, in the image's size."""
+
     label: str
     category_id: int
     score: float
     box: list[float]
+    segmentation: NotRequired[RunLengths]
 
 
 class DetectAnswer(TypedDict):
@@ -51,11 +56,16 @@ def detect_answer(artifact: DetectorArtifact, result: Detections, score_threshol
         score_threshold: leave out what scores less; None keeps all that the artefact returned.
     """
     rows = zip(result.indices.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True)
-    detections: list[Box] = [
-        {"label": artifact.classes[i], "category_id": artifact.category_ids[i], "score": score, "box": box}
-        for i, score, box in rows
-        if score_threshold is None or score >= score_threshold
-    ]
+    detections: list[Box] = []
+    for k, (i, score, box) in enumerate(rows):
+        if score_threshold is not None and score < score_threshold:
+            continue
+        found: Box = {
+            "label": artifact.classes[i], "category_id": artifact.category_ids[i], "score": score, "box": box
+        }  # fmt: skip
+        if result.masks is not None:
+            found["segmentation"] = result.masks[k]
+        detections.append(found)
     return {"model": artifact.model, "height": result.size[0], "width": result.size[1], "detections": detections}
 
 
@@ -76,4 +86,5 @@ def parse_detect(answer: DetectAnswer, artifact: DetectorArtifact) -> Detections
         scores=np.array([entry["score"] for entry in found], np.float32),
         indices=np.array([artifact.category_ids.index(entry["category_id"]) for entry in found], np.int64),
         size=(answer["height"], answer["width"]),
+        masks=[entry["segmentation"] for entry in found] if artifact.masks else None,
     )

@@ -10,14 +10,18 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
-from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, to_metadata
+from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess, canvases
+from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, write_artifact
 
 COLOURS = ("red", "green", "blue")
 BOXES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.5, 1.0))  # of the image's width and height
 SCORES = (0.9, 0.6)
 LABELS = (2, 1)
+SIZE = DetectorPreprocess(min_size=64, max_size=128)
+OPSET = 18
 _COMMON: dict[str, Any] = {
+    "opset": OPSET,
+    "gmacs": 0.0,
     "weights_sha256": "0" * 64,
     "config": {},
     "versions": {},
@@ -86,7 +90,8 @@ def write_detector(path: Path, score_threshold: float = 0.5) -> Path:
         model="boxes",
         classes=("cat", "dog"),
         category_ids=(17, 18),
-        preprocess=DetectorPreprocess(min_size=64, max_size=128),
+        preprocess=SIZE,
+        canvases=canvases(SIZE),
         score_threshold=score_threshold,
         nms_iou=0.5,
         max_detections=k,
@@ -130,9 +135,8 @@ def _write(
 ) -> Path:
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    helper.set_model_props(model, to_metadata(metadata))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)
     onnx.checker.check_model(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, str(path))
+    write_artifact(model, metadata, path)
     return path

@@ -14,15 +14,16 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`exported("classifier")`, or of a detector's family: the artefact of a random network.
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`exported("classifier")`, or of a detector's family: the artefact of a random network; flags of the command may
+    follow.
 
     Each is exported by the command at most once in a session, since that takes long. Beside it lie its weights,
     `w.safetensors`, and what the command said, `said.txt`. Tests copy what they change.
     """
 
     @cache
-    def export(name: str) -> Path:
+    def export(name: str, *flags: str) -> Path:
         from exported import classifier_weights, detector_weights  # tests without an artefact start without it
 
         from serving.__main__ import main
@@ -33,7 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             torch.manual_seed(0)
             classifier_weights(weights) if name == "classifier" else detector_weights(weights, name)
         with contextlib.redirect_stdout(said):
-            main(["export", "--weights", str(weights), "-o", str(artifact)])
+            main(["export", "--weights", str(weights), "-o", str(artifact), *flags])
         (folder / "said.txt").write_text(said.getvalue())
         return artifact
 

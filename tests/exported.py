@@ -23,10 +23,13 @@ def classifier_weights(path: Path, name: str = "cspresnet10") -> Path:
 
 
 def detector_weights(path: Path, family: str = "fcos") -> Path:
-    """Random weights, with heads that find objects everywhere."""
-    spec = DetectorSpec(
-        model=f"{family}_cspresnet10_fpn", num_classes=3, fpn_channels=64, score_threshold=0.2, max_detections=30
-    )
+    """Random weights, with heads that find objects everywhere.
+
+    Args:
+        family: such as `fcos`, or `maskrcnn_v2` for its second version.
+    """
+    name = f"{family.removesuffix('_v2')}_cspresnet10_fpn{'_v2' if family.endswith('_v2') else ''}"
+    spec = DetectorSpec(model=name, num_classes=3, fpn_channels=64, score_threshold=0.2, max_detections=30)
     model = randomize(build_detector(spec, SIZE))
     for name, parameter in model.named_parameters():
         if "cls_score" in name:

@@ -19,9 +19,10 @@ from PIL import Image
 
 from backbones.errors import InputError
 from serving import batch
-from serving.batch import Row, list_files, read_results, run_batch, to_table
+from serving.batch import list_files, run_batch
 from serving.predictor import Classification, Detections, create_predictor
 from serving.ray_start import start_ray
+from serving.results import Row, read_results, to_table
 from serving.runtime import OnnxModel
 
 # Ray Data sets its own deprecated settings.
@@ -233,7 +234,7 @@ def test_images_without_detections_read_back(tmp_path: Path) -> None:
     artifact = OnnxModel(write_detector(tmp_path / "m.onnx"), "cpu").metadata
     none = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), size=(20, 30))
     table = to_table([Row("a.jpg", none), Row("b.jpg", None, "broken")], artifact)
-    pq.write_table(table.replace_schema_metadata(batch.to_metadata(artifact)), tmp_path / "r.parquet")
+    pq.write_table(table, tmp_path / "r.parquet")
     back, rows = read_results(tmp_path / "r.parquet")
     assert back == artifact
     assert bits(rows[0].result) == bits(none) and isinstance(rows[0].result, Detections)

@@ -29,45 +29,54 @@ def draw_three_classes(root: Path, images: int) -> None:
     shutil.rmtree(root / "val" / CLASSES[3])  # the tiny classifier has three classes
 
 
-def annotate_own_detections(root: Path, config: str, overrides: list[str]) -> None:
-    """Make every third detection of the random detector the truth, so that there is something to find."""
-    path = root / "d" / "val.json"
-    images = json.loads(path.read_text())["images"]
+def annotate_own_detections(root: Path, name: str, config: str, overrides: list[str]) -> None:
+    """Make every third detection of a random detector the truth, so that there is something to find."""
+    path = root / f"{name}.json"
+    images = json.loads((root / "d" / "val.json").read_text())["images"]
     categories = [{"id": 5, "name": "cat"}, {"id": 90, "name": "dog"}]
     write_json(path, {"images": images, "categories": categories, "annotations": []})
-    detection.evaluate.run_eval(load_config(DetectorConfig, config, [*overrides, f"weights={root / 'd.safetensors'}"]))
+    weights = f"weights={root / name}.safetensors"
+    detection.evaluate.run_eval(load_config(DetectorConfig, config, [*overrides, weights]))
     found = json.loads((root / "detections.json").read_text())[::3]
-    truth = [{key: row[key] for key in ("image_id", "category_id", "bbox")} for row in found]
+    keys = ("image_id", "category_id", "bbox", "segmentation")
+    truth = [{key: row[key] for key in keys if key in row} for row in found]
     write_json(path, {"images": images, "categories": categories, "annotations": truth})
 
 
 @pytest.fixture(scope="module")
 def line(exported, tmp_path_factory):
-    """Data, artefacts, batch results and a live service; and the two commands' arguments."""
+    """Data, artefacts, batch results and a live service; and the arguments of `eval` for the classifier, for the
+    detector and for the one with masks.
+    """
     root = tmp_path_factory.mktemp("line")
     torch.manual_seed(0)
     draw_three_classes(root / "c", 30)
     draw_detection(root / "d", {"val": 13}, seed=1, size=160)
-    for name, artifact in (("c", exported("classifier")), ("d", exported("fcos"))):
+    for name, artifact in (("c", exported("classifier")), ("d", exported("fcos")), ("m", exported("maskrcnn"))):
         shutil.copy(artifact, root / f"{name}.onnx")
         shutil.copy(artifact.with_name("w.safetensors"), root / f"{name}.safetensors")
     classifier = [
         f"data.root={root / 'c'}", "num_classes=3", "preprocess.resize=40", "preprocess.crop=32", f"output={root}",
     ]  # fmt: skip
-    detector = [
-        f"data.images={root / 'd' / 'val'}", f"data.annotations={root / 'd' / 'val.json'}", f"output={root}",
-        "preprocess.min_size=96", "preprocess.max_size=128", "score_threshold=0.2", "max_detections=30",
+    common = [
+        f"data.images={root / 'd' / 'val'}", f"output={root}", "preprocess.min_size=96", "preprocess.max_size=128",
+        "score_threshold=0.2", "max_detections=30",
     ]  # fmt: skip
-    annotate_own_detections(root, str(CONFIGS / "detector.yaml"), detector)
-    models = [{"name": name, "artifact": str(root / f"{name}.onnx")} for name in "cd"]
+    detector = [*common, f"data.annotations={root / 'd.json'}"]
+    masks = [*common, f"data.annotations={root / 'm.json'}", "model=maskrcnn_cspresnet10_fpn"]
+    annotate_own_detections(root, "d", str(CONFIGS / "detector.yaml"), detector)
+    annotate_own_detections(root, "m", str(CONFIGS / "detector.yaml"), masks)
+    models = [{"name": name, "artifact": str(root / f"{name}.onnx")} for name in "cdm"]
     with start(ServingConfig.model_validate({"port": 0, "models": models})) as service:
         run_batch(root / "c.onnx", root / "c" / "val", root / "c.parquet", batch_size=4)
         run_batch(root / "d.onnx", root / "d", root / "d.parquet", batch_size=3)
+        run_batch(root / "m.onnx", root / "d", root / "m.parquet", batch_size=3)
         yield (
             root,
             service.url,
             (str(CONFIGS / "classifier.yaml"), classifier),
             (str(CONFIGS / "detector.yaml"), detector),
+            (str(CONFIGS / "detector.yaml"), masks),
         )
 
 
@@ -77,7 +86,7 @@ def sources(root: Path, url: str, name: str):
 
 
 def test_classifier(line):
-    root, url, (config, overrides), _ = line
+    root, url, (config, overrides), *_ = line
     checkpoint = load_config(ClassifierConfig, config, [*overrides, f"weights={root / 'c.safetensors'}"])
     expected = backbones.evaluate.run_eval(checkpoint)
     for source in sources(root, url, "c"):
@@ -88,7 +97,7 @@ def test_classifier(line):
 
 
 def test_detector(line):
-    root, url, _, (config, overrides) = line
+    root, url, _, (config, overrides), _ = line
     checkpoint = load_config(DetectorConfig, config, [*overrides, f"weights={root / 'd.safetensors'}"])
     expected = detection.evaluate.run_eval(checkpoint)
     assert 0 < expected["AP50"] < 1
@@ -98,10 +107,26 @@ def test_detector(line):
         assert result["detections"] == expected["detections"]
 
 
-@pytest.mark.parametrize("name", ["c", "d"])
+def test_masks(line):
+    root, url, *_, (config, overrides) = line
+    checkpoint = load_config(DetectorConfig, config, [*overrides, f"weights={root / 'm.safetensors'}"])
+    expected = detection.evaluate.run_eval(checkpoint)
+    assert 0 < expected["AP50"] < 1
+    assert 0 < expected["segm"]["AP50"] < 1
+    for source in sources(root, url, "m"):
+        result, summary = run_eval(config, overrides, source)
+        for kind, figures in ((result, expected), (result["segm"], expected["segm"])):
+            for name in ("AP", "AP50"):
+                assert kind[name] == pytest.approx(figures[name], abs=1e-6), (source.name, name)
+        assert result["precision"] == "fp32"
+        assert "masks AP " in summary
+
+
+@pytest.mark.parametrize("name", ["c", "d", "m"])
 def test_artefact_endpoint_and_job_agree_to_the_bit(line, name):
-    root, url, _, _ = line
-    paths = sorted(path for path in (root / name / "val").rglob("*") if path.is_file())
+    root, url, *_ = line
+    folder = root / ("c" if name == "c" else "d") / "val"
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
     artifact, endpoint, job = (list(source.rows(paths)) for source in sources(root, url, name))
     assert len(artifact) == len(paths)
     for one, *others in zip(artifact, endpoint, job, strict=True):
@@ -113,10 +138,14 @@ def test_artefact_endpoint_and_job_agree_to_the_bit(line, name):
                 assert one.result.size == other.result.size
                 for part in ("boxes", "scores", "indices"):
                     np.testing.assert_array_equal(getattr(one.result, part), getattr(other.result, part))
+                if name == "m":
+                    assert list(one.result.masks) == list(other.result.masks)
+                else:
+                    assert one.result.masks is other.result.masks is None
 
 
 def test_commands(line, capsys):
-    root, url, (config, overrides), (detector, more) = line
+    root, url, (config, overrides), (detector, more), _ = line
     main(["eval", config, "--model", str(root / "c.onnx"), *overrides])  # overrides may follow options
     main(["eval", config, *overrides, "--endpoint", url])  # the one model of the config's network is found
     main(["eval", detector, *more, "--predictions", str(root / "d.parquet")])
@@ -137,26 +166,26 @@ def test_commands(line, capsys):
     ],
 )
 def test_another_protocol_or_data_set_is_refused(line, extra, message):
-    root, _, (config, overrides), _ = line
+    root, _, (config, overrides), *_ = line
     with pytest.raises(InputError, match=message):
         run_eval(config, [*overrides, *extra], ArtifactSource(root / "c.onnx"))
 
 
 def test_other_thresholds_than_the_artefacts_are_refused(line):
-    root, _, _, (config, overrides) = line
+    root, _, _, (config, overrides), _ = line
     with pytest.raises(InputError, match="the config's score_threshold is 0.7, the artefact's is 0.2"):
         run_eval(config, [*overrides, "score_threshold=0.7"], ArtifactSource(root / "d.onnx", "cpu"))
 
 
 def test_a_job_on_a_part_is_no_evaluation_of_the_whole(line):
-    root, _, (config, overrides), _ = line
+    root, _, (config, overrides), *_ = line
     run_batch(root / "c.onnx", root / "c" / "val" / "circle", root / "part.parquet")
     with pytest.raises(InputError, match="has no row for|fits several images"):
         run_eval(config, overrides, ResultsSource(root / "part.parquet"))
 
 
 def test_results_of_another_data_set_and_broken_images(line, tmp_path):
-    root, _, (config, overrides), _ = line
+    root, _, (config, overrides), *_ = line
     draw_three_classes(tmp_path, 12)
     (tmp_path / "val" / "circle" / "9999.png").write_bytes(b"broken")
     here = [*overrides, f"data.root={tmp_path}"]
