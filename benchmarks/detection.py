@@ -13,7 +13,7 @@ list-based forward on the same weights: the same detections, and no slower.
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ from backbones.cli import at_least
 from backbones.errors import InputError, exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.preprocess import DetectorPreprocess
-from benchmarks.imagenet_eval import take_turns
+from benchmarks.contest import excite, table, take_turns
 from detection.batched import BatchedDetector
-from detection.families import Detector
 from detection.models import create_detector, thresholds
 from detection.profile import PUBLISHED_MODELS, profile
 
@@ -155,12 +154,12 @@ def against_list(name: str, args: argparse.Namespace, device: torch.device) -> d
     torch.manual_seed(0)
     preprocess = DetectorPreprocess(min_size=args.size, max_size=args.size, divisor=DIVISOR)
     model = create_detector(name, preprocess=preprocess).to(device).eval()
-    excite(model)
-    batched = BatchedDetector(model)
     blots = torch.rand(BATCH, 3, 24, 24, device=device)
     pixels = nn.functional.interpolate(blots, (args.size, args.size), mode="bilinear").mul(255).byte()
     images = pixels.permute(0, 2, 3, 1).contiguous()  # [N, H, W, 3]
     sizes = torch.tensor([[args.size, args.size]] * BATCH, device=device)
+    excite(model, [image.permute(2, 0, 1).float() / 255 for image in images[:1]])
+    batched = BatchedDetector(model)
 
     @torch.inference_mode()
     def as_batch() -> int:
@@ -186,16 +185,6 @@ def against_list(name: str, args: argparse.Namespace, device: torch.device) -> d
     turns = take_turns({"batched": as_batch, "list": as_list}, args.rounds)
     met = turns["ours_over"]["list"] >= 1 and same["shared"] == same["detections"]
     return turns | same | {"batch": BATCH, "thresholds": thresholds(model), "met": met}
-
-
-def excite(model: Detector) -> None:
-    """Make random weights find objects: a score threshold that random scores pass, and logits that spread."""
-    for name, module in model.named_modules():
-        if name.endswith(("cls_logits", "cls_score")):
-            nn.init.normal_(module.weight, std=0.05)
-            nn.init.zeros_(module.bias)
-    at = model.roi_heads if isinstance(model, tv.FasterRCNN) else model
-    at.score_thresh = 0.02 if isinstance(model, tv.FasterRCNN) else 0.5
 
 
 def agreement(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -239,11 +228,6 @@ def markdown(result: dict[str, Any]) -> str:
 
 def verdict(result: dict[str, Any]) -> str:
     return "met" if result["met"] else "not met"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    head = list(head)
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ adds to that is decoding, which costs milliseconds of one core an image, and cop
 import argparse
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import timm.data
 import torch
 import torch.nn.functional as F
 
+from backbones.checkpoint import pick_device
 from backbones.cli import at_least
 from backbones.config import ImageData
 from backbones.cspnet import create_model
@@ -29,6 +28,7 @@ from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.imagenet import ImageNet, create_loader, list_samples
 from backbones.published import ALIASES, protocol
+from benchmarks.contest import take_turns
 
 MODELS = ("cspresnet50", "cspresnext50", "cspdarknet50")
 TRAIN_SIZE, TRAIN_BATCH, TRAIN_STEPS = 128, 8, 3
@@ -42,10 +42,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=at_least(1), default=16)
     parser.add_argument("--workers", type=at_least(0), default=1)
     parser.add_argument("--rounds", type=at_least(1), default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = pick_device(args.device)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(), "cores": os.cpu_count(),
@@ -60,26 +60,6 @@ def main() -> None:
     print(markdown(result))
     if args.json:
         write_json(args.json, result)
-
-
-def take_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, Any]:
-    """Images a second of each, the median of `rounds`, and the medians of the first's speed over each other's."""
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(1 + rounds):
-        names = list(contestants)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who comes first changes
-            work = contestants[name]
-            start = time.perf_counter()
-            images = work()
-            if turn:  # the first round warms up
-                speeds[name].append(images / (time.perf_counter() - start))
-    ours, *others = speeds
-    ratios = {name: [a / b for a, b in zip(speeds[ours], speeds[name], strict=True)] for name in others}
-    return {
-        "images_per_s": {name: statistics.median(values) for name, values in speeds.items()},
-        "ours_over": {name: statistics.median(values) for name, values in ratios.items()},
-        "spread": {name: [min(values), max(values)] for name, values in ratios.items()},
-    }
 
 
 def evaluations(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], int]]:

@@ -1,0 +1,59 @@
+"""What the benchmarks share: contestants that take turns, random weights that find objects, and tables."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+
+from detection.families import Detector
+
+SPREAD = 2.0  # the standard deviation of excited logits
+
+
+def take_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, Any]:
+    """Images a second of each, the median of `rounds`, and the medians of the first's speed over each other's."""
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(1 + rounds):
+        names = list(contestants)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who comes first changes
+            work = contestants[name]
+            start = time.perf_counter()
+            images = work()
+            if turn:  # the first round warms up
+                speeds[name].append(images / (time.perf_counter() - start))
+    ours, *others = speeds
+    ratios = {name: [a / b for a, b in zip(speeds[ours], speeds[name], strict=True)] for name in others}
+    return {
+        "images_per_s": {name: statistics.median(values) for name, values in speeds.items()},
+        "ours_over": {name: statistics.median(values) for name, values in ratios.items()},
+        "spread": {name: [min(values), max(values)] for name, values in ratios.items()},
+    }
+
+
+@torch.inference_mode()
+def excite(model: Detector, images: list[Tensor]) -> None:
+    """Make random weights find objects in `images` [3, h, w]: classes' logits that spread round 0."""
+    outputs: dict[nn.Module, list[Tensor]] = {}  # one head may serve several levels
+    layers = [layer for name, layer in model.named_modules() if name.endswith(("cls_logits", "cls_score"))]
+    for layer in layers:
+        layer.get_parameter("bias").zero_()
+    hooks = [
+        layer.register_forward_hook(lambda each, _, logits: outputs.setdefault(each, []).append(logits.flatten()))
+        for layer in layers
+    ]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        layer.get_parameter("weight").mul_(SPREAD / torch.cat(outputs[layer]).std())
+    if not isinstance(model, FasterRCNN):
+        model.score_thresh = 0.5
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = list(head)
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

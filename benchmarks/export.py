@@ -1,0 +1,213 @@
+"""Artefacts against PyTorch and OpenVINO, and INT8 against float, on this machine's CPU.
+
+    python -m benchmarks.export [--models cspresnet50 …] [--batch-sizes 1 8] [--rounds 5] [--json FILE]
+
+Side by side in one run: in every round each contestant has its turn on the same uint8 pixels in memory, and the ratios
+are medians over the rounds. PyTorch runs channels_last, as it is fastest, on as many threads as onnxruntime;
+torch.compile has the weights frozen into the code, for the same reason. Detectors are compared with torchvision's own
+forward, and their compiled form is `detection.batched`, which can be compiled. The weights are random, made to find
+objects, and INT8 is of every operator that `serving quantize` may take. The limit is the arithmetic: the last column
+is the artefact's share of the GFLOP/s that a large matrix product reached in the same run.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from backbones.cli import at_least
+from backbones.cspnet import create_model
+from backbones.engine import normalize
+from backbones.errors import exit_on_input_error
+from backbones.files import versions, write_json
+from backbones.labels import class_names
+from backbones.preprocess import DetectorPreprocess
+from backbones.published import protocol
+from backbones.weights import save_weights
+from benchmarks.contest import excite, table, take_turns
+from detection.batched import BatchedDetector
+from detection.models import create_detector
+from serving.artifact import read_graph, write_artifact
+from serving.calibrate import measure_ranges
+from serving.export import run_export
+from serving.qdq import activations, quantize
+from serving.runtime import OnnxModel, usable_cores
+
+MODELS = (
+    "cspresnet50", "cspresnext50", "cspdarknet50",
+    "retinanet_cspresnet50_fpn", "fcos_cspresnet50_fpn", "fasterrcnn_cspresnet50_fpn",
+)  # fmt: skip
+CANVAS = (256, 384)  # of the detectors, pixels
+NUM_CLASSES = 91
+Work = Callable[[], int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=(1, 8))
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(usable_cores())
+    result: dict[str, Any] = {
+        "threads": usable_cores(), "settings": vars(args) | {"json": None}, "gflops": matrix_product(),
+        "versions": versions("torch", "torchvision", "onnxruntime-gpu", "openvino"), "models": {},
+    }  # fmt: skip
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            result["models"][name] = race(name, args, Path(folder))
+        print(json.dumps({name: result["models"][name]}, indent=1), flush=True)
+    print(markdown(result))
+    if args.json:
+        write_json(args.json, result)
+
+
+def matrix_product(size: int = 2048, rounds: int = 5) -> float:
+    """GFLOP/s of a float32 product of two square matrices."""
+    a, seconds = torch.rand(size, size), []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:]) / 1e9
+
+
+def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All contestants at each batch size, and how long the export took."""
+    torch.manual_seed(0)
+    weights, artifact = folder / "weights.safetensors", folder / "float.onnx"
+    detector = name.endswith("_fpn")
+    model, pixels = random_detector(name, weights) if detector else random_classifier(name, weights)
+    start = time.perf_counter()
+    said = run_export(str(weights), artifact)
+    figures: dict[str, Any] = {"export_s": time.perf_counter() - start, "gmacs": said.gmacs, "batches": {}}
+    sample = {"images": pixels.numpy()} | ({"sizes": np.array([CANVAS])} if detector else {})
+    sessions = {
+        "onnxruntime": OnnxModel(artifact, "cpu", cache=False),
+        "OpenVINO": OnnxModel(artifact, "openvino", cache=False),
+        "INT8": OnnxModel(quantized(artifact, sample), "cpu", cache=False),
+    }
+    for size in args.batch_sizes:
+        images = pixels.expand(size, -1, -1, -1).contiguous()
+        inputs = {key: np.repeat(value, size, axis=0) for key, value in sample.items()}
+        contestants = {key: in_session(session, inputs) for key, session in sessions.items()}
+        contestants |= detectors(model, images, args) if detector else classifiers(model, images, args)
+        figures["batches"][size] = take_turns(contestants, args.rounds)
+    return figures
+
+
+def quantized(artifact: Path, sample: dict[str, Any]) -> Path:
+    """The artefact in INT8, its ranges those of one input: for its speed."""
+    graph, said, _ = read_graph(artifact)
+    graph = onnx.shape_inference.infer_shapes(graph)
+    ranges = measure_ranges(graph, activations(graph.graph), [sample], ["minmax"])["minmax"]
+    path = artifact.with_name("int8.onnx")
+    write_artifact(quantize(graph, ranges, set()), said.model_copy(update={"precision": "int8"}), path)
+    return path
+
+
+def random_classifier(name: str, path: Path) -> tuple[nn.Module, Tensor]:
+    """A network, and uint8 pixels [1, H, W, 3]; its weights are saved."""
+    model, preprocess = create_model(name), protocol(name)
+    metadata = {"task": "classification", "model": name, "classes": class_names(1000)}
+    save_weights(path, model, metadata | {"preprocess": preprocess.model_dump(), "config": {}})
+
+    class FromPixels(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            logits: Tensor = model(normalize(images, preprocess))
+            return logits
+
+    model.eval()
+    return FromPixels().to(memory_format=torch.channels_last), blots(preprocess.crop, preprocess.crop)
+
+
+def random_detector(name: str, path: Path) -> tuple[nn.Module, Tensor]:
+    """The same of a detector that finds objects in the pixels."""
+    preprocess = DetectorPreprocess(min_size=min(CANVAS), max_size=max(CANVAS))
+    model, pixels = create_detector(name, NUM_CLASSES, preprocess=preprocess), blots(*CANVAS)
+    excite(model, as_list(pixels))
+    ids = list(range(1, NUM_CLASSES))
+    metadata = {"task": "detection", "model": name, "detector": model.spec.model_dump(), "category_ids": ids}
+    metadata |= {"classes": [f"class {i}" for i in ids], "preprocess": preprocess.model_dump(), "config": {}}
+    save_weights(path, model, metadata)
+    return model.eval().to(memory_format=torch.channels_last), pixels
+
+
+def blots(height: int, width: int) -> Tensor:
+    """Smooth uint8 noise [1, H, W, 3]."""
+    noise = nn.functional.interpolate(torch.rand(1, 3, 24, 24), (height, width), mode="bilinear")
+    return noise.mul(255).byte().permute(0, 2, 3, 1)
+
+
+def as_list(images: Tensor) -> list[Tensor]:
+    return [image.permute(2, 0, 1).float() / 255 for image in images]
+
+
+def in_session(session: OnnxModel, inputs: dict[str, Any]) -> Work:
+    def work() -> int:
+        session.run(**inputs)
+        return len(inputs["images"])
+
+    return work
+
+
+def classifiers(model: nn.Module, images: Tensor, args: argparse.Namespace) -> dict[str, Work]:
+    return {"eager": in_torch(model, images)} | compiled(model, (images,), args)
+
+
+def detectors(model: nn.Module, images: Tensor, args: argparse.Namespace) -> dict[str, Work]:
+    sizes = torch.tensor([CANVAS] * len(images))
+    return {"eager": in_torch(lambda x: model(as_list(x)), images)} | compiled(
+        BatchedDetector(model), (images, sizes), args
+    )
+
+
+def in_torch(forward: Callable[..., object], *inputs: Tensor) -> Work:
+    @torch.inference_mode()
+    def work() -> int:
+        forward(*inputs)
+        return len(inputs[0])
+
+    return work
+
+
+def compiled(model: nn.Module, inputs: tuple[Tensor, ...], args: argparse.Namespace) -> dict[str, Work]:
+    """By torch.compile, compiled here."""
+    if args.no_compile:
+        return {}
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        forward = torch.compile(model, dynamic=False)
+        forward(*inputs)
+    return {"compiled": in_torch(forward, *inputs)}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The speed of the artefact over each other contestant's, with the spread."""
+    others = list(next(iter(next(iter(result["models"].values()))["batches"].values()))["ours_over"])
+    head = ["model", "batch", "images/s", *(f"/ {name}" for name in others), "of the matrix product"]
+    lines = []
+    for name, figures in result["models"].items():
+        for size, turns in figures["batches"].items():
+            speed = turns["images_per_s"]["onnxruntime"]
+            spreads = {other: turns["spread"][other] for other in others}
+            ratios = [f"{turns['ours_over'][o]:.2f} ({low:.2f}…{high:.2f})" for o, (low, high) in spreads.items()]
+            share = 2 * figures["gmacs"] * speed / result["gflops"]
+            lines.append([name, str(size), f"{speed:.2f}", *ratios, f"{share:.0%}"])
+    return "\n".join(table(head, lines))
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
