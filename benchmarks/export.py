@@ -36,7 +36,7 @@ from backbones.weights import save_weights
 from benchmarks.contest import excite, table, take_turns
 from detection.batched import BatchedDetector
 from detection.models import create_detector
-from serving.artifact import read_graph, write_artifact
+from serving.artifact import read_whole, write_artifact
 from serving.calibrate import measure_ranges
 from serving.export import run_export
 from serving.qdq import activations, quantize
@@ -109,7 +109,7 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def quantized(artifact: Path, sample: dict[str, Any]) -> Path:
     """The artefact in INT8, its ranges those of one input: for its speed."""
-    graph, said, _ = read_graph(artifact)
+    _, graph, said, _ = read_whole(artifact)
     graph = onnx.shape_inference.infer_shapes(graph)
     ranges = measure_ranges(graph, activations(graph.graph), [sample], ["minmax"])["minmax"]
     path = artifact.with_name("int8.onnx")

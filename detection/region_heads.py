@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection import FasterRCNN, MaskRCNN
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops import Conv2dNormActivation, MultiScaleRoIAlign, roi_align
 
 from detection.boxes import anchors_at, at_least, clip, decoder, per_anchor, take, take_anchors
 from detection.onnx_ops import REJECTED, nms_keep, topk_padded
@@ -38,7 +40,7 @@ class RegionHeads(nn.Module):
         # One head serves all levels, so all have the same number of anchors: [L,A,4].
         self.register_buffer("cell_anchors", torch.stack(model.rpn.anchor_generator.cell_anchors))
         self.roi_pool = RoIPool(model.roi_heads.box_roi_pool)
-        self.box_head = model.roi_heads.box_head
+        self.box_head = folded(model.roi_heads.box_head)
         self.box_predictor = model.roi_heads.box_predictor
         self.decode = decoder(model.roi_heads.box_coder)
         self.score_thresh = model.roi_heads.score_thresh
@@ -101,7 +103,7 @@ class MaskHead(nn.Module):
     def __init__(self, model: MaskRCNN) -> None:
         super().__init__()
         self.roi_pool = RoIPool(model.roi_heads.mask_roi_pool)
-        self.head = model.roi_heads.mask_head
+        self.head = folded(model.roi_heads.mask_head)
         self.predictor = model.roi_heads.mask_predictor
 
     def forward(self, features: dict[str, Tensor], boxes: Tensor, labels: Tensor, found: Tensor) -> Tensor:
@@ -151,6 +153,16 @@ class RoIPool(nn.Module):
             pooled.append(roi_align(features[name], rois[index], self.output_size, scale, self.sampling_ratio))
             rows.append(index)
         return torch.cat(pooled), torch.cat(rows)
+
+
+def folded(head: nn.Module) -> nn.Module:
+    """A head whose BatchNorms are part of its convolutions: PyTorch's asks whether there is any region at all, which
+    cannot be traced.
+    """
+    for block in head.modules():
+        if isinstance(block, Conv2dNormActivation) and isinstance(block[1], _BatchNorm):
+            block[0], block[1] = fuse_conv_bn_eval(block[0], block[1]), nn.Identity()
+    return head
 
 
 def spread(x: Tensor, rows: Tensor, size: int) -> Tensor:

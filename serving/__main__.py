@@ -43,7 +43,7 @@ def _quantize(args: argparse.Namespace) -> None:
     assert about is not None
     print(
         f"{args.output}: {artifact.model} in INT8 ({about.method}, {about.kept_float} nodes in float), "
-        f"{about.metric} {about.before:.4f} to {about.after:.4f}, {about.speedup:.2f} times as fast"
+        f"{about.metric} {about.before:.4f} to {about.after:.4f}, {min(about.speedup.values()):.2f} times as fast"
     )
 
 

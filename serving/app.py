@@ -48,13 +48,15 @@ class ModelReplica:
         name: str,
         artifact: str,
         provider: Provider,
+        gpu_mem_limit: int | None,
+        cuda_graphs: bool,
         threads: int | None,
         max_batch_size: int,
         timeout_s: float,
         max_body_bytes: int,
     ) -> None:
         self.name, self.timeout_s, self.max_body_bytes = name, timeout_s, max_body_bytes
-        self.model = OnnxModel(artifact, provider, threads)
+        self.model = OnnxModel(artifact, provider, threads, cuda_graphs=cuda_graphs, gpu_mem_limit=gpu_mem_limit)
         self.predictor = cast(Any, create_predictor(self.model))  # what one prepares, the other does not take
         self.endpoint = ENDPOINTS[self.model.metadata.task]
         self.decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
@@ -236,6 +238,8 @@ def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Applica
         name=model.name,
         artifact=model.artifact,
         provider=model.provider,
+        gpu_mem_limit=model.gpu_mem_limit,
+        cuda_graphs=model.cuda_graphs,
         threads=model.threads,
         max_batch_size=model.max_batch_size,
         timeout_s=model.timeout_s,

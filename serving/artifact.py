@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -51,7 +51,10 @@ class Quantization(Section):
         images: that they were chosen on.
         kept_float: convolutions and matrix products that were left in float.
         metric: that `before` and `after` are of, such as top1 or AP50, in [0, 1].
-        speedup: the float artefact's time over this one's, on the machine that made it.
+        after: of the best of several candidates on the very images that they are compared on, so a little kind.
+        evaluated: images that the metric is of.
+        speedup: by batch size, the float artefact's time over this one's, on the machine that made it.
+        forced: written although it lost more than it might or is not faster.
     """
 
     method: str
@@ -60,7 +63,9 @@ class Quantization(Section):
     metric: str
     before: float
     after: float
-    speedup: float
+    evaluated: int
+    speedup: dict[int, float]
+    forced: bool = False
 
 
 class _Artifact(Section):
@@ -129,7 +134,7 @@ def from_metadata(metadata: Mapping[str, str], path: object) -> Artifact:
         return _ADAPTER.validate_python(values)
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"
         raise InputError(f"{path} has broken metadata ({' '.join(reason.split())}): export it again") from None
@@ -158,11 +163,21 @@ def read_artifact(path: str | Path) -> tuple[Artifact, str]:
     Raises:
         InputError: no artefact, not a whole one, one of another version, or one with data in other files.
     """
-    return read_graph(path)[1:]
+    whole = read_whole(path)
+    return whole.artifact, whole.sha256
 
 
-def read_graph(path: str | Path) -> tuple["onnx.ModelProto", Artifact, str]:
-    """As `read_artifact`, with the graph in front."""
+class Whole(NamedTuple):
+    """An artefact's file, as it was when it was found whole."""
+
+    content: bytes
+    graph: "onnx.ModelProto"
+    artifact: Artifact
+    sha256: str
+
+
+def read_whole(path: str | Path) -> Whole:
+    """As `read_artifact`, with what was read: to run, for the file may be another by then."""
     content = _read(path)
     body, seal = memoryview(content)[:-_SEAL_SIZE], content[-_SEAL_SIZE:]
     digest = hashlib.sha256(body)
@@ -177,7 +192,7 @@ def read_graph(path: str | Path) -> tuple["onnx.ModelProto", Artifact, str]:
     for location in _external(graph):
         raise InputError(f"{path} keeps data in another file, {location!a}, which is not opened: export it again")
     digest.update(seal)
-    return graph, artifact, digest.hexdigest()  # of the whole file, in one pass
+    return Whole(content, graph, artifact, digest.hexdigest())  # of the whole file, in one pass
 
 
 def _read(path: str | Path) -> bytes:

@@ -16,6 +16,8 @@ class ServedModel(Section):
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)  # of each replica; a fraction shares a GPU
     provider: Provider = "auto"
+    gpu_mem_limit: int | None = Field(default=None, ge=1)  # bytes of CUDA's arena, where replicas share a GPU
+    cuda_graphs: bool = False  # a classifier's, of provider cuda
     threads: int | None = Field(default=None, ge=1)  # of one operator; null is one a core
     max_batch_size: int = Field(default=8, ge=1)
     max_ongoing_requests: int = Field(default=64, ge=1)  # at least the batch size, or batches never fill
@@ -31,6 +33,10 @@ class ServedModel(Section):
             )
         if self.provider in ON_GPU and not self.num_gpus:
             raise ValueError(f"provider {self.provider} needs num_gpus above 0: Ray hides GPUs from replicas without")
+        if self.gpu_mem_limit is not None and self.provider not in ON_GPU:
+            raise ValueError(f"gpu_mem_limit does not go with provider {self.provider}: ask for cuda or tensorrt")
+        if self.cuda_graphs and self.provider != "cuda":
+            raise ValueError(f"cuda_graphs does not go with provider {self.provider}: ask for cuda")
         return self
 
 

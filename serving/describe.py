@@ -3,14 +3,14 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import TensorProto
 
-from serving.artifact import KEY, Artifact, ClassifierArtifact, from_metadata, read_graph
+from serving.artifact import KEY, Artifact, ClassifierArtifact, DetectorArtifact, from_metadata, read_whole
 
 SHOWN = 8  # classes, and kinds of operators, that the text names
 # Lines that meet, by whether one goes left, right, up and down.
@@ -26,7 +26,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: as of `serving.artifact.read_artifact`.
     """
-    model, artifact, digest = read_graph(path)
+    _, model, artifact, digest = read_whole(path)
     weights = [
         tensor for tensor in model.graph.initializer if tensor.data_type not in (TensorProto.INT64, TensorProto.BOOL)
     ]
@@ -84,7 +84,7 @@ def _facts(description: dict[str, Any], artifact: Artifact) -> Iterator[tuple[st
     if parity.images:
         off = ", ".join(f"{name} {value:.2g}" for name, value in parity.largest.items())
         yield "parity", f"off PyTorch by {off}, on {parity.images} images in batches of {_joined(parity.batch_sizes)}"
-    if parity.detections:
+    if parity.images and isinstance(artifact, DetectorArtifact):
         yield "", f"{parity.unmatched} of {parity.detections} detections unmatched"
     if parity.agreement is not None:
         yield "", f"the same best class for {parity.agreement:.1%} of the images"
@@ -94,7 +94,10 @@ def _facts(description: dict[str, Any], artifact: Artifact) -> Iterator[tuple[st
             "quantization",
             (
                 f"{made.method} over {made.images} images, {made.kept_float} operators in float: {made.metric} "
-                f"{made.before:.4f} before, {made.after:.4f} after, {made.speedup:.2f}× as fast"
+                f"{made.before:.4f} before, {made.after:.4f} after on {made.evaluated} images; "
+                + " and ".join(f"{times:.2f}" for times in made.speedup.values())
+                + f" times as fast at batch {_joined(made.speedup)}"
+                + "; forced" * made.forced
             ),
         )
     yield "made with", ", ".join(f"{name} {version}" for name, version in artifact.versions.items())
@@ -107,7 +110,7 @@ def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _joined(values: Sequence[int]) -> str:
+def _joined(values: Iterable[int]) -> str:
     return ", ".join(map(str, values))
 
 

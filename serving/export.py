@@ -68,7 +68,8 @@ def run_export(
 ) -> Artifact:
     """Write an artefact from a classifier's or a detector's weights and return what it says about itself.
 
-    The same weights and arguments give the same bytes.
+    The same weights and arguments give the same bytes, on one machine: the measured parity among them depends on its
+    arithmetic.
 
     Args:
         weights: a path, a URL, or `timm`; see `backbones.weights.load_weights`.
@@ -171,16 +172,20 @@ def _common(weights: Path, metadata: Mapping[str, Any], precision: FloatPrecisio
     }
 
 
-def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the absolute paths in it: an artefact is given away, and they are of the trainer's machine."""
-    kept = {key: without_paths(value) if isinstance(value, Mapping) else value for key, value in config.items()}
-    return {key: value for key, value in kept.items() if not _is_path(value)}
+def without_paths(config: Any) -> Any:
+    """A config without the absolute paths and URLs in it: an artefact is given away, and they are of who trained it."""
+    if isinstance(config, Mapping):
+        return {key: without_paths(value) for key, value in config.items() if not _is_place(value)}
+    if isinstance(config, list | tuple):
+        return [without_paths(value) for value in config if not _is_place(value)]
+    return config
 
 
-def _is_path(value: object) -> bool:
+def _is_place(value: object) -> bool:
     if not isinstance(value, str):
         return False
-    return value.startswith("~") or PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    is_path = value.startswith("~") or PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    return is_path or "://" in value
 
 
 def trace(

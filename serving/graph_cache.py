@@ -55,7 +55,8 @@ def load_or_make(artefact: Path, key: str, load: Callable[[Path], T], make: Call
 
 def cache_folders(artefact: Path) -> list[Path]:
     """Where an artefact's entries may lie, best first: in $CSPNET_CACHE if that is set, else beside the artefact and,
-    if that cannot be written, in the user's cache. None for a hidden file, which is being written and will be renamed.
+    if that cannot be written, in the user's cache. Whoever can write there can change what is run, as with the artefact
+    itself. None for a hidden file, which is being written and will be renamed.
     """
     artefact = artefact.absolute()
     if artefact.name.startswith("."):
@@ -63,8 +64,10 @@ def cache_folders(artefact: Path) -> list[Path]:
     own = f"{artefact.name}-{hashlib.sha256(os.fsencode(artefact)).hexdigest()[:8]}.cache"
     if chosen := os.environ.get("CSPNET_CACHE"):
         return [Path(chosen).expanduser() / own]
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [artefact.with_name(f"{artefact.name}.cache"), user / "cspnet" / own]
+    folders = [artefact.with_name(f"{artefact.name}.cache")]
+    with contextlib.suppress(RuntimeError):  # a user without a home, as in many containers
+        folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cspnet" / own)
+    return folders
 
 
 def writable_folder(folders: list[Path]) -> Path | None:
@@ -123,8 +126,9 @@ def _write(folder: Path, key: str, write: Callable[[Path], object]) -> None:
         if not path.name.startswith(f"{key}."):
             path.unlink(missing_ok=True)
     for path in folder.glob(f"{_WORK}*"):  # of processes that were killed
-        if time.time() - path.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if time.time() - path.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _entry_name(key: str, path: Path) -> str:

@@ -19,7 +19,7 @@ _TYPES = {"u8": "tensor(uint8)", "i64": "tensor(int64)", "f32": "tensor(float)"}
 class OpenVinoSession:
     """One compiled model for all shapes; each thread that runs it gets a request of its own."""
 
-    def __init__(self, path: Path, sha256: str, threads: int, cache: bool):
+    def __init__(self, path: Path, content: bytes, sha256: str, threads: int, cache: bool):
         core = ov.Core()
         config = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -37,7 +37,7 @@ class OpenVinoSession:
 
         def make(aside: Path | None) -> Any:
             with _one_line(path, "compiles"):
-                model = core.compile_model(str(path), "CPU", config)
+                model = core.compile_model(core.read_model(content), "CPU", config)
             if aside is not None:
                 aside.write_bytes(model.export_model().getbuffer())
             return model

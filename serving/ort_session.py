@@ -19,6 +19,7 @@ class OrtSession:
     def __init__(
         self,
         path: Path,
+        content: bytes,
         sha256: str,
         provider: Provider,
         threads: int,
@@ -30,11 +31,15 @@ class OrtSession:
             raise InputError(f"asked for {provider}, but {reason}; or ask for cpu")
         self._threads, self._graphs = threads, CudaGraphs() if cuda_graphs else None
         if provider == "cpu":
-            self._session = self._cached(path, sha256) if cache else self._open(path)
+            self._session = self._cached(path, content, sha256) if cache else self._open(path, content)
         else:
             ort.preload_dlls()  # the CUDA libraries of the installed wheels
             folder = writable_folder(cache_folders(path)) if cache and provider == "tensorrt" else None
-            self._session = self._open(path, providers=ort_providers(provider, folder, gpu_mem_limit, cuda_graphs))
+            if folder is not None:  # TensorRT's names say nothing of the weights
+                folder /= entry_key("tensorrt", ort.__version__, sha256)
+                folder.mkdir(exist_ok=True)
+            providers = ort_providers(provider, folder, gpu_mem_limit, cuda_graphs)
+            self._session = self._open(path, content, providers=providers)
         self.provider: str = self._session.get_providers()[0]
         if self.provider != NAMES[provider]:
             reason = f"onnxruntime gives {self.provider}: {why_not_given(provider)}"
@@ -49,10 +54,10 @@ class OrtSession:
         outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(inputs))
         return outputs
 
-    def _open(self, path: Path, options: Any = None, providers: Any = None) -> Any:
+    def _open(self, path: Path, model: bytes | Path, options: Any = None, providers: Any = None) -> Any:
         options, providers = options or _options(self._threads), providers or [(NAMES["cpu"], {})]
         try:  # without its fallback, which would go on with other providers, here and after a run that fails
-            return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+            return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no public base
             reason = str(error).splitlines()[0]
             where = providers[0][0].removesuffix("ExecutionProvider")
@@ -60,7 +65,7 @@ class OrtSession:
                 f"{path} is no graph that onnxruntime loads on {where} ({reason}): export it again"
             ) from None
 
-    def _cached(self, path: Path, sha256: str) -> Any:
+    def _cached(self, path: Path, content: bytes, sha256: str) -> Any:
         """A session on the CPU from a graph that was optimised before; without one, it is left for the next."""
 
         def load(entry: Path) -> Any:
@@ -70,14 +75,14 @@ class OrtSession:
             # Weights stay in the mapped file, which the replicas of a machine then share.
             options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
             options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
-            return self._open(entry, options)
+            return self._open(entry, entry, options)
 
         def make(aside: Path | None) -> Any:
             options = _options(self._threads)
             if aside is not None:
                 options.optimized_model_filepath = str(aside)
                 options.add_session_config_entry("session.save_model_format", "ORT")
-            return self._open(path, options)
+            return self._open(path, content, options)
 
         return load_or_make(path, entry_key("onnxruntime", ort.__version__, sha256), load, make)
 

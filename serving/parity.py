@@ -113,16 +113,15 @@ def measure_classifier(
         expected = model(normalize(torch.from_numpy(np.stack(group)), preprocess))
         logits, probabilities = expected.numpy(), expected.softmax(1).numpy()
         total += len(group)
-        for batch, rows in _batches(len(group), batch_sizes):
+        for batch in _batches(len(group), batch_sizes):
             found = onnx_model.run(images=np.stack([group[i] for i in batch]))
-            mine, theirs = {name: value[: len(rows)] for name, value in found.items()}, logits[rows]
             off = {
-                "logits": np.abs(mine["logits"] - theirs).max() / np.ptp(logits),
-                "probabilities": np.abs(mine["probabilities"] - probabilities[rows]).max(),
+                "logits": np.abs(found["logits"] - logits[batch]).max() / np.ptp(logits),
+                "probabilities": np.abs(found["probabilities"] - probabilities[batch]).max(),
             }
-            largest = {name: max(value, float(off[name])) for name, value in largest.items()}
-            same += int((mine["logits"].argmax(1) == theirs.argmax(1)).sum())
-            count += len(rows)
+            largest = {name: _larger(value, off[name]) for name, value in largest.items()}
+            same += int((found["logits"].argmax(1) == logits[batch].argmax(1)).sum())
+            count += len(batch)
     return Parity(batch_sizes=tuple(batch_sizes), images=total, agreement=same / max(count, 1), largest=largest)
 
 
@@ -147,10 +146,10 @@ def measure_detector(
     for group in _by_canvas(fitted, divisor, max(batch_sizes)):
         expected = [_torchvision(model, item) for item in group]
         total += len(group)
-        for batch, rows in _batches(len(group), batch_sizes):
+        for batch in _batches(len(group), batch_sizes):
             canvas, sizes = stack([group[i].pixels for i in batch], divisor)
             outputs = onnx_model.run(images=canvas, sizes=sizes)
-            for row, i in enumerate(rows):
+            for row, i in enumerate(batch):
                 found = _one(outputs, row, metadata)
                 match.add(expected[i], found)
                 match.add(found, expected[i])
@@ -192,31 +191,38 @@ class _Match:
     largest: dict[str, float] = field(default_factory=lambda: {"scores": 0.0, "boxes": 0.0})
 
     def add(self, one: Output, other: Output) -> None:
-        """Look for each detection of `one` in `other`: the nearest of its class, in box and score, for boxes without
-        an area may lie in one place and none suppresses the other.
+        """Look for each detection of `one` in `other`, best first: the nearest of its class that is not taken, in box
+        and score, for boxes without an area may lie in one place and none suppresses the other.
         """
         tolerance = TOLERANCE["fp16" if self.metadata.precision != "fp32" else "fp32"]
         floor = self.metadata.score_threshold
         if len(one["scores"]) == self.metadata.max_detections:
             floor = max(floor, float(one["scores"][-1]))
+        free = np.ones(len(other["labels"]), bool)
         for i, (box, score, label) in enumerate(zip(one["boxes"], one["scores"], one["labels"], strict=True)):
-            same = np.flatnonzero(other["labels"] == label)
+            same = np.flatnonzero(free & (other["labels"] == label))
             off = np.abs(other["boxes"][same] - box).max(1)
             score_off = np.abs(other["scores"][same] - score)
             if len(off) and off.min() < NEAR[self.metadata.precision]:
                 nearest = (off / tolerance["boxes"] + score_off / tolerance["scores"]).argmin()
                 j = same[nearest]
+                free[j] = False
                 self.detections += 1
                 self._differ("boxes", off[nearest])
                 self._differ("scores", score_off[nearest])
                 if "masks" in one and "masks" in other:
                     self._differ("masks", np.abs(other["masks"][j] - one["masks"][i]).max())
-            elif score > floor + tolerance["scores"]:
+            elif not score <= floor + tolerance["scores"]:  # NaN is over it
                 self.detections += 1
                 self.unmatched += 1
 
     def _differ(self, name: str, value: float) -> None:
-        self.largest[name] = max(self.largest.get(name, 0.0), float(value))
+        self.largest[name] = _larger(self.largest.get(name, 0.0), value)
+
+
+def _larger(one: float, other: float) -> float:
+    """NaN if either is, which is over every tolerance."""
+    return float(np.maximum(one, other))
 
 
 def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -241,14 +247,11 @@ def _by_canvas(items: Iterable[Fitted], divisor: int, size: int) -> Iterator[lis
     yield from waiting.values()
 
 
-def _batches(count: int, batch_sizes: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """All of `count` images in batches of each size: the images of a batch, and those of its first rows that are new.
-    The last batch is filled up with images that were there before.
-    """
+def _batches(count: int, batch_sizes: Sequence[int]) -> Iterator[list[int]]:
+    """All of `count` images in batches of each size; the last of each is filled up from the first image on."""
     for size in batch_sizes:
         for start in range(0, count, size):
-            batch = [i % count for i in range(start, start + size)]
-            yield batch, batch[: count - start]
+            yield [i % count for i in range(start, start + size)]
 
 
 def _accept(parity: Parity, onnx_model: OnnxModel) -> Parity:

@@ -23,7 +23,7 @@ from backbones.preprocess import stack
 from backbones.progress import progress
 from detection.coco import read_coco
 from detection.config import DetectorConfig
-from serving.artifact import Artifact, ClassifierArtifact, Parity, Quantization, read_graph, write_artifact
+from serving.artifact import Artifact, ClassifierArtifact, Parity, Quantization, read_whole, write_artifact
 from serving.calibrate import METHODS, Method, Ranges, measure_ranges
 from serving.evaluate import ArtifactSource, run_eval
 from serving.predictor import Classifier, Predictor, create_predictor
@@ -82,10 +82,16 @@ def run_quantize(
     """
     if Path(output).suffix != ".onnx":
         raise InputError(f"-o {output}: an artefact's name ends in .onnx")
+    if Path(output).exists() and Path(output).samefile(model):
+        raise InputError(f"-o {output} is the float artefact itself: name another file")
+    if not 0 <= max_drop <= 100:
+        raise InputError(f"--max-drop {max_drop}: give points from 0 to 100")
     check_writable(Path(output).parent)
-    graph, artifact, _ = read_graph(model)
+    _, graph, artifact, _ = read_whole(model)
     _check(graph, artifact, model)
     sources, where = calibration_images(config, overrides, artifact, calibration, images)
+    with tempfile.TemporaryDirectory() as folder:
+        metric, before, evaluated = _accuracy(model, config, [*overrides, f"output={folder}"])
     graph = onnx.shape_inference.infer_shapes(graph)
     float_model = OnnxModel(model, "cpu")
     predictor = create_predictor(float_model)
@@ -97,7 +103,6 @@ def run_quantize(
 
     with tempfile.TemporaryDirectory() as folder:
         scratch = [*overrides, f"output={folder}"]
-        metric, before = _accuracy(model, config, scratch)
         speeds = "".join(f"  batch {size}" for size in BATCH_SIZES)
         print(f"{'method':<10}  {'kept in float':<20}  nodes  {metric:<7}{speeds}\n{'float':<39} {before:8.4f}")
         search = _Search(graph, artifact, ranges, float_model, samples, Path(folder) / CANDIDATE, config, scratch)
@@ -107,8 +112,9 @@ def run_quantize(
     if reason and not force:
         raise InputError(f"{model} in INT8 {reason}: nothing is written; --force writes it all the same")
     said = Quantization(
-        method=best.method + (", forced" if reason else ""), images=len(sources), kept_float=best.kept_float,
-        metric=metric, before=before, after=best.accuracy, speedup=min(best.speed),
+        method=best.method, images=len(sources), kept_float=best.kept_float, metric=metric, before=before,
+        after=best.accuracy, evaluated=evaluated, speedup=dict(zip(BATCH_SIZES, best.speed, strict=True)),
+        forced=bool(reason),
     )  # fmt: skip
     # Parity is of a graph that does what PyTorch does; this one's proof is the figures above.
     made = artifact.model_copy(update={"precision": "int8", "quantization": said, "parity": Parity()})
@@ -188,10 +194,12 @@ def _repeated(one: Inputs, size: int) -> Inputs:
     return {name: np.repeat(value, size, axis=0) for name, value in one.items()}
 
 
-def _accuracy(path: str | Path, config: str, overrides: Sequence[str]) -> tuple[str, float]:
+def _accuracy(path: str | Path, config: str, overrides: Sequence[str]) -> tuple[str, float, int]:
+    """The metric's name, its value, and how many images it is of."""
     source = ArtifactSource(path, "cpu")
     metric = "top1" if isinstance(source.metadata, ClassifierArtifact) else "AP50"
-    return metric, float(run_eval(config, overrides, source)[0][metric])
+    result = run_eval(config, overrides, source)[0]
+    return metric, float(result[metric]), int(result["images"])
 
 
 class _Search:
@@ -252,11 +260,12 @@ def choose(found: Sequence[Candidate], before: float, max_drop: float) -> Candid
     """The most accurate of the nearly fastest; if it lost more than it may, the most accurate that is faster than the
     float one, and if there is none, of all. The first of equals.
     """
-    fastest = max(min(candidate.speed) for candidate in found)
-    best = max((c for c in found if min(c.speed) >= NEARLY * fastest), key=lambda c: c.accuracy)
+    faster = [c for c in found if min(c.speed) > 1] or found
+    fastest = max(min(candidate.speed) for candidate in faster)
+    best = max((c for c in faster if min(c.speed) >= NEARLY * fastest), key=lambda c: c.accuracy)
     if _lost(best, before) <= max_drop:
         return best
-    return max([c for c in found if min(c.speed) > 1] or found, key=lambda c: c.accuracy)
+    return max(faster, key=lambda c: c.accuracy)
 
 
 def _lost(candidate: Candidate, before: float) -> float:

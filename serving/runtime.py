@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from backbones.errors import InputError
-from serving.artifact import read_artifact
+from serving.artifact import Artifact, ClassifierArtifact, read_whole
 from serving.ort_session import OrtSession
 from serving.providers import ON_GPU, Provider, driver_problem, missing, usable_cores
 
@@ -61,16 +62,19 @@ class OnnxModel:
     ):
         if cuda_graphs and provider != "cuda":
             raise InputError(f"cuda_graphs does not go with provider {provider}: ask for cuda, or leave it out")
+        if gpu_mem_limit is not None and provider not in ON_GPU:
+            raise InputError(f"gpu_mem_limit does not go with provider {provider}: ask for cuda, or leave it out")
         self.path = Path(path)
-        self.metadata, sha256 = read_artifact(path)
+        content, _, self.metadata, sha256 = read_whole(path)
         threads = threads or usable_cores()
 
         def open_session(wanted: Provider) -> _Session:
             if wanted == "openvino":
-                return _openvino(self.path, sha256, threads, cache)
-            return OrtSession(self.path, sha256, wanted, threads, cache, gpu_mem_limit, cuda_graphs)
+                return _openvino(self.path, content, sha256, threads, cache)
+            return OrtSession(self.path, content, sha256, wanted, threads, cache, gpu_mem_limit, cuda_graphs)
 
-        self._session = _best(open_session) if provider == "auto" else open_session(provider)
+        best = provider == "auto"
+        self._session = _best(open_session, _sample(self.metadata)) if best else open_session(provider)
         self.provider, self.inputs, self.outputs = self._session.provider, self._session.inputs, self._session.outputs
 
     def run(self, **inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -100,14 +104,24 @@ class OnnxModel:
                 raise InputError(f"{self.path} takes {name} as {wanted}, not {value.dtype} {list(value.shape)}")
 
 
-def _best(open_session: Callable[[Provider], _Session]) -> _Session:
-    """The session of the best provider that works here. The log says which, and why not a better one."""
+def _sample(artifact: Artifact) -> dict[str, npt.NDArray[Any]]:
+    """A batch of one black image."""
+    if isinstance(artifact, ClassifierArtifact):
+        crop = artifact.preprocess.crop
+        return {"images": np.zeros((1, crop, crop, 3), np.uint8)}
+    canvas = artifact.canvases[0]
+    return {"images": np.zeros((1, *canvas, 3), np.uint8), "sizes": np.array([canvas])}
+
+
+def _best(open_session: Callable[[Provider], _Session], sample: Mapping[str, npt.NDArray[Any]]) -> _Session:
+    """The session of the best provider that runs the sample here. The log says which, and why not a better one."""
     nearly = not driver_problem()  # a GPU that is not used is worth a warning
     for wanted in ON_GPU:
         try:
             session = open_session(wanted)
-        except InputError as error:
-            _LOG.log(logging.WARNING if nearly and wanted == "cuda" else logging.INFO, "auto: %s", error)
+            session.run(sample)  # TensorRT builds its engine here, and may fail at it
+        except Exception as error:  # the runtimes' exceptions share no public base
+            _LOG.log(logging.WARNING if nearly else logging.INFO, "auto: %s", error)
         else:
             break
     else:
@@ -116,9 +130,9 @@ def _best(open_session: Callable[[Provider], _Session]) -> _Session:
     return session
 
 
-def _openvino(path: Path, sha256: str, threads: int, cache: bool) -> _Session:
+def _openvino(path: Path, content: bytes, sha256: str, threads: int, cache: bool) -> _Session:
     if reason := missing("openvino"):
         raise InputError(f"asked for openvino, but {reason}; or ask for cpu")
     from serving.openvino_session import OpenVinoSession  # the package is optional
 
-    return OpenVinoSession(path, sha256, threads, cache)
+    return OpenVinoSession(path, content, sha256, threads, cache)

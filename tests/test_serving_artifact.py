@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 import serving.artifact
 from backbones.errors import InputError
-from serving.artifact import SEAL_KEY, from_metadata, read_artifact, read_graph, to_metadata, write_artifact
+from serving.artifact import SEAL_KEY, from_metadata, read_artifact, read_whole, to_metadata, write_artifact
 
 SEAL_SIZE = 83
 
@@ -43,7 +43,7 @@ def test_the_seal_is_metadata_to_every_other_reader(path):
 
 def test_written_again_it_has_the_same_bytes_and_one_seal(path):
     before = path.read_bytes()
-    graph, artifact, _ = read_graph(path)
+    _, graph, artifact, _ = read_whole(path)
     write_artifact(graph, artifact, path)
     assert path.read_bytes() == before
 
@@ -97,7 +97,7 @@ def test_each_mistake_has_its_line(path, tmp_path):
 
 
 def test_foreign_files_and_those_of_other_versions(path, monkeypatch):
-    graph, artifact, _ = read_graph(path)
+    _, graph, artifact, _ = read_whole(path)
     said = json.loads(to_metadata(artifact)["cspnet"])
 
     def of(**changes: object) -> dict[str, str]:
@@ -121,7 +121,7 @@ def test_foreign_files_and_those_of_other_versions(path, monkeypatch):
 
 
 def test_a_foreign_file_without_a_seal(path):
-    graph = read_graph(path)[0]
+    graph = read_whole(path).graph
     del graph.metadata_props[:]
     onnx.save(graph, path)
     refused(path, "carries no cspnet metadata")
@@ -130,7 +130,7 @@ def test_a_foreign_file_without_a_seal(path):
 @pytest.mark.parametrize("location", ("/etc/passwd", "../secret.bin", "weights.bin"))
 @pytest.mark.parametrize("where", ("initializer", "attribute", "subgraph", "sparse"))
 def test_data_in_other_files_is_refused_wherever_it_is(path, location, where):
-    graph, artifact, _ = read_graph(path)
+    _, graph, artifact, _ = read_whole(path)
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key="location", value=location)
     constant = helper.make_node("Constant", [], ["w"])

@@ -7,7 +7,7 @@ import pytest
 from artifacts import write_classifier, write_detector
 
 from serving.__main__ import main
-from serving.artifact import Quantization, read_artifact, read_graph, write_artifact
+from serving.artifact import Quantization, read_artifact, read_whole, write_artifact
 from serving.describe import describe, picture
 
 
@@ -51,8 +51,17 @@ def test_description_counts_the_graph(tmp_path):
 
 def test_command_says_it_in_lines_and_in_json(tmp_path, capsys):
     path = write_detector(tmp_path / "m.onnx")
-    graph, artifact, _ = read_graph(path)
-    made = Quantization(method="entropy", images=9, kept_float=2, metric="AP50", before=0.5, after=0.49, speedup=2.5)
+    _, graph, artifact, _ = read_whole(path)
+    made = Quantization(
+        method="entropy",
+        images=9,
+        kept_float=2,
+        metric="AP50",
+        before=0.5,
+        after=0.49,
+        evaluated=72,
+        speedup={1: 2.5, 8: 3},
+    )
     many = tuple(f"class {i}" for i in range(80))
     about = {"quantization": made, "precision": "int8", "classes": many, "category_ids": tuple(range(80))}
     write_artifact(graph, artifact.model_copy(update=about), path)
@@ -60,7 +69,8 @@ def test_command_says_it_in_lines_and_in_json(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "m.onnx: boxes, detection, int8" in text
     assert "80: class 0, " in text and "class 7 and 72 more" in text
-    assert "entropy over 9 images, 2 operators in float: AP50 0.5000 before, 0.4900 after, 2.50× as fast" in text
+    assert "entropy over 9 images, 2 operators in float: AP50 0.5000 before, 0.4900 after on 72 images; 2.50" in text
+    assert "2.50 and 3.00 times as fast at batch 1, 8" in text
     main(["inspect", "--json", str(path)])
     assert json.loads(capsys.readouterr().out)["metadata"]["classes"] == list(many)
 

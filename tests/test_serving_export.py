@@ -20,6 +20,8 @@ from serving.half import to_half
 from serving.runtime import OnnxModel
 
 FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn")
+# In one export, as each takes a minute.
+HALF = ("--precision", "fp16", "--score-threshold", "0.25", "--nms-iou", "0.4", "--max-detections", "20")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_classifier_runs_any_batch_and_size_and_sums_to_one(classifier):
     outputs = model.run(images=images)
     np.testing.assert_allclose(outputs["probabilities"].sum(1), 1, rtol=1e-6)
     alone = np.concatenate([model.run(images=images[i : i + 1])["logits"] for i in range(5)])
-    np.testing.assert_allclose(alone, outputs["logits"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(alone, outputs["logits"])
 
 
 def test_files_hold_no_paths_of_whoever_exported(classifier):
@@ -134,8 +136,9 @@ def test_half_precision_halves_the_file_and_agrees(exported, classifier):
 
 @pytest.mark.slow
 def test_half_precision_leaves_the_choice_of_boxes_in_float(exported):
-    path = exported("fcos", "--precision", "fp16")
+    path = exported("fcos", *HALF)
     about = OnnxModel(path, "cpu").metadata
+    assert about.parity.detections > 10
     assert about.parity.largest["boxes"] < 4
     assert about.parity.unmatched < 0.1 * about.parity.detections
     graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
@@ -172,9 +175,9 @@ def test_what_stays_in_float_is_not_rounded():
 
 @pytest.mark.slow
 def test_detectors_settings_come_from_the_flags(exported):
-    about = OnnxModel(exported("fcos", "--score-threshold", "0.5", "--nms-iou", "0.3", "--max-detections", "7"), "cpu")
-    assert (about.metadata.score_threshold, about.metadata.nms_iou, about.metadata.max_detections) == (0.5, 0.3, 7)
-    assert about.outputs["boxes"][1] == ["N", 7, 4]
+    about = OnnxModel(exported("fcos", *HALF), "cpu")
+    assert (about.metadata.score_threshold, about.metadata.nms_iou, about.metadata.max_detections) == (0.25, 0.4, 20)
+    assert about.outputs["boxes"][1] == ["N", 20, 4]
 
 
 @pytest.mark.slow
@@ -196,5 +199,6 @@ def test_a_config_keeps_no_path_of_whoever_trained():
         "output": "/home/me/runs",
         "data": {"root": "~/data", "batch_size": 8, "split": "val"},
         "weights": "C:\\w.pt",
+        "from": ["https://user:token@host/w.pt", "/home/me", "timm"],
     }
-    assert without_paths(config) == {"data": {"batch_size": 8, "split": "val"}}
+    assert without_paths(config) == {"data": {"batch_size": 8, "split": "val"}, "from": ["timm"]}

@@ -19,7 +19,7 @@ from onnx import helper, numpy_helper
 
 from backbones.errors import InputError
 from serving import providers
-from serving.artifact import read_graph, write_artifact
+from serving.artifact import read_whole, write_artifact
 from serving.batch import run_batch
 from serving.config import ServedModel
 from serving.ort_session import CudaGraphs
@@ -56,13 +56,13 @@ def assert_equal(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def without_metadata(path: Path) -> None:
-    graph = read_graph(path)[0]
+    graph = read_whole(path).graph
     del graph.metadata_props[:]
     onnx.save(graph, path)
 
 
 def with_data_outside(path: Path) -> None:
-    graph, artifact, _ = read_graph(path)
+    _, graph, artifact, _ = read_whole(path)
     tensor = graph.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -195,7 +195,7 @@ def test_wrong_inputs_are_refused_with_what_is_expected(tmp_path: Path, provider
 
 
 def test_a_run_that_fails_is_told_in_a_line(classifier: Path) -> None:
-    graph, artifact, _ = read_graph(classifier)
+    _, graph, artifact, _ = read_whole(classifier)
     graph.graph.initializer.append(numpy_helper.from_array(np.array([1, 3]), "one_image"))
     next(node for node in graph.graph.node if node.op_type == "Div").output[0] = "unshaped"
     graph.graph.node.insert(3, helper.make_node("Reshape", ["unshaped", "one_image"], ["scaled"]))
