@@ -74,7 +74,7 @@ class _Artifact(Section):
     classes: tuple[str, ...]
     precision: Precision = "fp32"
     opset: int
-    gmacs: float  # billions of multiply-adds of one image: of the crop, or on the first of the canvases
+    gmacs: float  # billions of multiply-adds of one image: of the crop, or on the largest canvas
     weights_sha256: str
     config: dict[str, Any]  # of the training run, without its paths; empty if the weights do not know it
     versions: dict[str, str]

@@ -67,8 +67,8 @@ def _facts(description: dict[str, Any], artifact: Artifact) -> Iterator[tuple[st
     if isinstance(artifact, ClassifierArtifact):
         yield "size", f"{size}, {artifact.gmacs:.3g} GMACs for an image"
     else:
-        first, last = (f"{h}×{w}" for h, w in (artifact.canvases[0], artifact.canvases[-1]))
-        yield "canvases", f"{len(artifact.canvases)}, from {first} to {last} (height×width)"
+        least, largest = ("×".join(map(str, pick(artifact.canvases, key=math.prod))) for pick in (min, max))
+        yield "canvases", f"{len(artifact.canvases)}, from {least} to {largest} (height×width)"
         yield (
             "detections",
             (
@@ -76,7 +76,7 @@ def _facts(description: dict[str, Any], artifact: Artifact) -> Iterator[tuple[st
                 f"at most {artifact.max_detections} of an image" + "; raw heads, not applied" * (not artifact.nms)
             ),
         )
-        yield "size", f"{size}, {artifact.gmacs:.3g} GMACs for an image on {first}"
+        yield "size", f"{size}, {artifact.gmacs:.3g} GMACs for an image on {largest}"
     operators = [f"{name} {count}" for name, count in description["operators"].items()]
     total = sum(description["operators"].values())
     yield "graph", f"opset {artifact.opset}, {total} operators: {_shortened(operators)}"

@@ -6,6 +6,7 @@ Shapes: N images, H x W pixels of a canvas, C classes.
 
 import ast
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -149,7 +150,8 @@ def _export_detector(
     artifact = DetectorArtifact(
         model=metadata["model"], classes=tuple(metadata["classes"]), category_ids=tuple(metadata["category_ids"]),
         preprocess=preprocess, canvases=all_canvases, masks=nms and has_masks(model), nms=nms,
-        gmacs=gmacs(model, all_canvases[0]), **thresholds(model), **_common(weights, metadata, precision),
+        gmacs=gmacs(model, max(all_canvases, key=math.prod)), **thresholds(model),
+        **_common(weights, metadata, precision),
     )  # fmt: skip
     side = 2 * preprocess.divisor
     example = {

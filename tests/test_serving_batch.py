@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +18,7 @@ from PIL import Image
 
 from backbones.errors import InputError
 from serving import batch
+from serving.artifact import read_whole, write_artifact
 from serving.batch import list_files, run_batch
 from serving.predictor import Classification, Detections, create_predictor
 from serving.ray_start import start_ray
@@ -159,11 +159,11 @@ def test_a_job_that_is_stopped_leaves_no_file_and_no_actor(
 
 @pytest.mark.usefixtures("ray_running")
 def test_a_mistake_that_a_worker_finds_is_one_line(images: Path, tmp_path: Path) -> None:
-    broken = onnx.load(str(write_classifier(tmp_path / "m.onnx")))
+    _, broken, artifact, _ = read_whole(write_classifier(tmp_path / "m.onnx"))
     for tensor in broken.graph.initializer:
         if tensor.name == "sixteen":
             tensor.CopyFrom(numpy_helper.from_array(np.array(np.nan, dtype=np.float32), "sixteen"))
-    onnx.save(broken, str(tmp_path / "m.onnx"))
+    write_artifact(broken, artifact, tmp_path / "m.onnx")
     with pytest.raises(InputError, match="^the model's logits are not finite"):
         run_batch(tmp_path / "m.onnx", images, tmp_path / "r.parquet")
     assert not (tmp_path / "r.parquet").exists()
@@ -210,7 +210,7 @@ def test_mistakes_are_told_before_ray_starts(images: Path, tmp_path: Path, monke
             run_batch(model, tmp_path / source, output)
     with pytest.raises(InputError, match="no artefact at .*none.onnx"):
         run_batch(tmp_path / "none.onnx", images, output)
-    with pytest.raises(InputError, match="is no ONNX file"):
+    with pytest.raises(InputError, match="file.csv is empty: copy the file again"):
         run_batch(tmp_path / "file.csv", images, output)
     with pytest.raises(InputError, match="is a folder: name a file in it"):
         run_batch(model, images, tmp_path)
