@@ -183,7 +183,7 @@ def against_list(name: str, args: argparse.Namespace, device: torch.device) -> d
         rows = [{key: value[i, :n] for key, value in found.items()} for i, n in enumerate(counts.tolist())]
         same = agreement(rows, listed())
     turns = take_turns({"batched": as_batch, "list": as_list}, args.rounds)
-    met = turns["ours_over"]["list"] >= 1 and same["shared"] == same["detections"]
+    met = turns["ours_over"]["list"] >= 1 and same["shared"] == same["detections"] > 0
     return turns | same | {"batch": BATCH, "thresholds": thresholds(model), "met": met}
 
 

@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from backbones.cli import at_least
 from backbones.cspnet import create_model
-from backbones.engine import normalize
 from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.labels import class_names
@@ -36,9 +35,10 @@ from backbones.weights import save_weights
 from benchmarks.contest import excite, table, take_turns
 from detection.batched import BatchedDetector
 from detection.models import create_detector
+from detection.spec import is_detector
 from serving.artifact import read_whole, write_artifact
 from serving.calibrate import measure_ranges
-from serving.export import run_export
+from serving.export import ExportedClassifier, run_export
 from serving.qdq import activations, quantize
 from serving.runtime import OnnxModel, usable_cores
 
@@ -51,14 +51,14 @@ NUM_CLASSES = 91
 Work = Callable[[], int]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=(1, 8))
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(usable_cores())
     result: dict[str, Any] = {
         "threads": usable_cores(), "settings": vars(args) | {"json": None}, "gflops": matrix_product(),
@@ -87,7 +87,7 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All contestants at each batch size, and how long the export took."""
     torch.manual_seed(0)
     weights, artifact = folder / "weights.safetensors", folder / "float.onnx"
-    detector = name.endswith("_fpn")
+    detector = is_detector(name)
     model, pixels = random_detector(name, weights) if detector else random_classifier(name, weights)
     start = time.perf_counter()
     said = run_export(str(weights), artifact)
@@ -123,13 +123,8 @@ def random_classifier(name: str, path: Path) -> tuple[nn.Module, Tensor]:
     metadata = {"task": "classification", "model": name, "classes": class_names(1000)}
     save_weights(path, model, metadata | {"preprocess": preprocess.model_dump(), "config": {}})
 
-    class FromPixels(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            logits: Tensor = model(normalize(images, preprocess))
-            return logits
-
-    model.eval()
-    return FromPixels().to(memory_format=torch.channels_last), blots(preprocess.crop, preprocess.crop)
+    exported = ExportedClassifier(model, preprocess).eval()
+    return exported.to(memory_format=torch.channels_last), blots(preprocess.crop, preprocess.crop)
 
 
 def random_detector(name: str, path: Path) -> tuple[nn.Module, Tensor]:

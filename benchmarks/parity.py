@@ -35,10 +35,11 @@ from backbones.weights import read_metadata
 from benchmarks.contest import table
 from detection.config import DetectorConfig
 from detection.weights import load_detector
-from serving.artifact import Parity
+from serving.artifact import Parity, read_artifact
 from serving.evaluate import ArtifactSource, run_eval
 from serving.export import run_export
 from serving.parity import measure_classifier, measure_detector
+from serving.providers import PROVIDERS
 from serving.runtime import OnnxModel, Provider, usable_cores
 
 OUTPUTS = ("logits", "probabilities", "scores", "boxes", "masks")
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", required=True, metavar="DIR")
     parser.add_argument("--limit", type=at_least(1))
     parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=(1, 3, 8))
-    parser.add_argument("--providers", nargs="+", default=("cpu",))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=("cpu",))
     parser.add_argument("--config", nargs="+", metavar="CONFIG", help="of the data set to measure on; then key=value …")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = list_images(Path(args.images))[: args.limit]
     if not paths:
         raise InputError(f"--images {args.images}: no images there")
-    given = dict(args.artifact)
+    given, names = dict(args.artifact), [name for name, _ in args.model]
+    if len(set(names)) < len(names) or not given.keys() <= set(names):
+        raise InputError(f"--model {', '.join(names)} and --artifact {', '.join(given)}: name each model once")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, weights in args.model:
@@ -75,22 +78,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         write_json(args.json, {
             "settings": vars(args) | {"json": None}, "rows": rows,
-            "versions": versions("torch", "torchvision", "onnxruntime-gpu"),
+            "versions": versions("torch", "torchvision", "onnxruntime-gpu", *({"openvino"} & {*args.providers})),
         })  # fmt: skip
 
 
 def compare(weights: str, artifact: Path, paths: Sequence[Path], args: argparse.Namespace) -> Iterator[Row]:
     """A model's rows: its artefact on each provider, in batches of each size."""
     metadata = read_metadata(weights)
-    expected = metric_of_weights(weights, metadata, args.config) if args.config else {}
+    said = read_artifact(artifact)[0]
+    chosen = said.model_dump(include={"score_threshold", "nms_iou", "max_detections"})  # nothing of a classifier
+    config = [*args.config, *(f"{key}={value}" for key, value in chosen.items())] if args.config else []
+    expected = metric_of_weights(weights, metadata, config) if config else {}
     measure: Callable[[OnnxModel, Iterable[Image.Image], Sequence[int]], Parity]
     if metadata["task"] == "detection":
-        measure = partial(measure_detector, load_detector(weights)[0].eval())
+        measure = partial(measure_detector, load_detector(weights, **chosen)[0].eval())
     else:
         network = create_model(metadata["model"], len(metadata["classes"]), weights).eval()
         measure = partial(measure_classifier, network)
     for provider in args.providers:
-        found = metric_of_artifact(artifact, provider, metadata, args.config) if args.config else {}
+        found = metric_of_artifact(artifact, provider, metadata, config) if config else {}
         onnx_model = OnnxModel(artifact, provider)
         for size in args.batch_sizes:
             parity = measure(onnx_model, (decode(path) for path in paths), (size,))

@@ -41,7 +41,9 @@ def route_prefix(name: str) -> str:
 
 
 class ModelReplica:
-    """One artefact behind HTTP. Its constructor runs the batch sizes that it will serve, so ready means warm."""
+    """One artefact behind HTTP. Its constructor runs the smallest and the largest batch, so that ready means warm; with
+    CUDA graphs all between, each of which is recorded.
+    """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
@@ -61,7 +63,7 @@ class ModelReplica:
         self.endpoint = ENDPOINTS[self.model.metadata.task]
         self.decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
         self.probe = self.predictor.prepare(_blank_image())
-        for size in {1, max_batch_size}:
+        for size in range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}:
             self.predictor.predict([self.probe] * size)
         self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size)
         await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too

@@ -108,7 +108,7 @@ def list_files(source: Path) -> list[File]:
         raise InputError(f"no input at {source}: give a folder of images, an image, or a .txt file of paths")
     elif source.suffix.lower() == ".txt":
         try:
-            lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {source} ({error}): give a text file in UTF-8, one path a line") from None
         files = [_file(line, source.parent / line) for line in lines if line]

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
+from urllib.parse import quote
 
 import httpx
 
@@ -37,16 +38,23 @@ class Client:
     Args:
         url: such as http://127.0.0.1:8000
         timeout_s: of one try.
-        tries: of one call; between two of them it waits twice as long each time, with jitter, and at least
-            what the server asks for.
+        tries: of one call; between two of them it waits twice as long each time, with jitter, and what the server
+            asks for, but never over LONGEST_WAIT_S.
+
+    Raises:
+        InputError: no URL, or no try.
     """
 
     def __init__(self, url: str, timeout_s: float = 60.0, tries: int = 6):
+        if tries < 1:
+            raise InputError(f"tries={tries}: give at least 1")
         self.url, self.tries = url.rstrip("/"), tries
         try:
             self._http = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
         except httpx.InvalidURL as error:
             raise InputError(f"{url!r} is no URL ({error}): give one such as http://127.0.0.1:8000") from None
+        if self._http.base_url.scheme not in ("http", "https"):
+            raise InputError(f"{url!r} is no URL of a server: give one such as http://127.0.0.1:8000")
 
     def ready(self) -> bool:
         """Whether every model answers. Never raises: a server that is not there is not ready."""
@@ -61,7 +69,7 @@ class Client:
 
     def metadata(self, name: str) -> dict[str, Any]:
         """What the server says of a model, in the Open Inference Protocol's form."""
-        return cast(dict[str, Any], self._call("GET", f"/v2/models/{name}"))
+        return cast(dict[str, Any], self._call("GET", _path(name)))
 
     def artifact(self, name: str) -> Artifact:
         """What the artefact behind a model says of itself."""
@@ -78,7 +86,7 @@ class Client:
             ServerError: the server's refusal.
         """
         query = {} if top_k is None else {"top_k": top_k}
-        return cast(ClassifyAnswer, self._call("POST", f"/v2/models/{name}/classify", query, _read(image)))
+        return cast(ClassifyAnswer, self._call("POST", f"{_path(name)}/classify", query, _read(image)))
 
     def detect(self, name: str, image: bytes | str | Path, score_threshold: float | None = None) -> DetectAnswer:
         """The detections in an encoded image, or in the file at a path.
@@ -87,7 +95,7 @@ class Client:
             ServerError: the server's refusal.
         """
         query = {} if score_threshold is None else {"score_threshold": score_threshold}
-        return cast(DetectAnswer, self._call("POST", f"/v2/models/{name}/detect", query, _read(image)))
+        return cast(DetectAnswer, self._call("POST", f"{_path(name)}/detect", query, _read(image)))
 
     def close(self) -> None:
         self._http.close()
@@ -112,7 +120,7 @@ class Client:
                 asked = float(after) if after.isdigit() else 0.0
             except httpx.TimeoutException as error:
                 raise ServerError(f"{self.url}{path} gave no answer in time ({type(error).__name__})") from None
-            except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+            except httpx.TransportError as error:
                 failure = ServerError(f"cannot reach {self.url} ({error}): start it with `python -m serving run`")
             if attempt + 1 < self.tries:
                 time.sleep(min(LONGEST_WAIT_S, asked + random.uniform(0, wait)))
@@ -120,13 +128,17 @@ class Client:
         raise failure
 
 
+def _path(name: str) -> str:
+    return f"/v2/models/{quote(name, safe='')}"
+
+
 def _read(image: bytes | str | Path) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
         return Path(image).read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read {image}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # such as a zero in the path
+        raise ImageError(f"cannot read {image}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _parse(answer: httpx.Response) -> Any:

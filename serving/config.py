@@ -33,6 +33,10 @@ class ServedModel(Section):
             )
         if self.provider in ON_GPU and not self.num_gpus:
             raise ValueError(f"provider {self.provider} needs num_gpus above 0: Ray hides GPUs from replicas without")
+        if self.provider not in ("auto", *ON_GPU) and self.num_gpus:
+            raise ValueError(
+                f"provider {self.provider} has no use for num_gpus={self.num_gpus}: ask for cuda, or for 0"
+            )
         if self.gpu_mem_limit is not None and self.provider not in ON_GPU:
             raise ValueError(f"gpu_mem_limit does not go with provider {self.provider}: ask for cuda or tensorrt")
         if self.cuda_graphs and self.provider != "cuda":

@@ -27,10 +27,10 @@ from detection.coco_eval import evaluate as coco_figures
 from detection.coco_eval import to_results
 from detection.config import DetectorConfig
 from detection.evaluate import summary as detector_summary
-from detection.spec import canonical_name
+from detection.spec import canonical_name, is_detector
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batch import File, predict_files
-from serving.client import Client
+from serving.client import Client, ServerError
 from serving.predictor import Classification, Detections, create_predictor
 from serving.results import Row, read_results
 from serving.runtime import OnnxModel, Provider
@@ -85,9 +85,14 @@ class EndpointSource:
             yield from pool.map(partial(self._row, client), paths)
 
     def _row(self, client: Client, path: Path) -> Row:
-        if isinstance(self.metadata, ClassifierArtifact):
-            return Row(str(path), parse_classify(client.classify(self.model, path, top_k=5)))
-        return Row(str(path), parse_detect(client.detect(self.model, path), self.metadata))
+        try:
+            if isinstance(self.metadata, ClassifierArtifact):
+                return Row(str(path), parse_classify(client.classify(self.model, path, top_k=5)))
+            return Row(str(path), parse_detect(client.detect(self.model, path), self.metadata))
+        except ServerError as error:
+            if error.status != 422:
+                raise
+            return Row(str(path), None, str(error))  # it saw the bytes alone, and cannot name the file
 
 
 def _find_model(client: Client, network: str) -> str:
@@ -132,7 +137,7 @@ def run_eval(config: str, overrides: Sequence[str], source: Source) -> tuple[dic
     Raises:
         InputError: a config of another model or protocol, or an image that could not be predicted.
     """
-    task = "detection" if str(read_values(config, overrides).get("model")).endswith("_fpn") else "classification"
+    task = "detection" if is_detector(str(read_values(config, overrides).get("model"))) else "classification"
     _same(task, source.metadata.task, "task")
     if isinstance(source.metadata, ClassifierArtifact):
         classifier = load_config(ClassifierConfig, config, overrides)

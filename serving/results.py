@@ -1,6 +1,7 @@
 """What a batch job writes: one Parquet file, a row an image, with what the artefact says about itself; no torch here.
 
-`read_results` gives back what the predictor gave, to the bit.
+`read_results` gives back, to the bit, what the predictor gave: of a classification the best `TOP_K`, of masks their run
+lengths.
 """
 
 from collections.abc import Iterable
@@ -90,8 +91,8 @@ def read_results(path: str | Path) -> tuple[Artifact, list[Row]]:
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} is no Parquet file ({reason}): make it with `python -m serving batch`") from None
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-    artifact = from_metadata(metadata, path) if KEY in metadata else None
+    said = (table.schema.metadata or {}).get(KEY.encode())
+    artifact = from_metadata({KEY: said.decode(errors="replace")}, path) if said is not None else None
     if artifact is None or not table.schema.equals(schema_of(artifact)):
         raise InputError(f"{path} holds no results of this project: make it with `python -m serving batch`")
     return artifact, [_row(record) for record in table.to_pylist()]

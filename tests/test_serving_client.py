@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from backbones.errors import InputError
 from backbones.preprocess import ImageError
 from serving import client as client_module
 from serving.client import Client, ServerError
@@ -121,7 +122,12 @@ def test_ready_never_raises(script: Any) -> None:
 def test_no_server_no_url_no_file(script: Any, tmp_path: Path) -> None:
     with Client("http://127.0.0.1:9", tries=2) as client, pytest.raises(ServerError, match="cannot reach .* start it"):
         client.models()
-    with Client("127.0.0.1:9", tries=1) as client, pytest.raises(ServerError, match="cannot reach"):
-        client.models()
+    for url in ("127.0.0.1:9", "ftp://127.0.0.1"):
+        with pytest.raises(InputError, match="is no URL of a server: give one such as"):
+            Client(url)
+    with pytest.raises(InputError, match="tries=0: give at least 1"):
+        Client(script.url, tries=0)
+    with Client(script.url) as client, pytest.raises(ImageError, match="cannot read .*null"):
+        client.classify("a", "a\0b")
     with Client(script.url) as client, pytest.raises(ImageError, match="cannot read .*nothing.jpg: No such file"):
         client.classify("a", tmp_path / "nothing.jpg")

@@ -107,6 +107,13 @@ def test_detector(line):
         assert result["detections"] == expected["detections"]
 
 
+@pytest.mark.parametrize("model", ["fasterrcnn_cspresnet10_fpn_v2", "fcos_cspresnet10_efm"])
+def test_a_detector_is_known_by_any_of_its_names(line, model):
+    root, _, _, (config, overrides), _ = line
+    with pytest.raises(InputError, match=f"the config's model is {model}, the artefact's is fcos_cspresnet10_fpn"):
+        run_eval(config, [*overrides, f"model={model}"], ArtifactSource(root / "d.onnx"))
+
+
 def test_masks(line):
     root, url, *_, (config, overrides) = line
     checkpoint = load_config(DetectorConfig, config, [*overrides, f"weights={root / 'm.safetensors'}"])

@@ -1,0 +1,45 @@
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import export
+from benchmarks.contest import take_turns
+
+
+def test_ratios_are_of_the_firsts_speed():
+    def sleep(seconds: float):
+        return lambda: time.sleep(seconds) or 4  # images
+
+    turns = take_turns({"ours": sleep(0.001), "theirs": sleep(0.02)}, rounds=3)
+    assert turns["ours_over"]["theirs"] > 3
+    assert turns["images_per_s"]["theirs"] < 4 / 0.02
+    low, high = turns["spread"]["theirs"]
+    assert low <= turns["ours_over"]["theirs"] <= high
+
+
+def test_pytorch_has_its_weights_channels_last(tmp_path):
+    for make, name in ((export.random_classifier, "cspresnet10"), (export.random_detector, "fcos_cspresnet10_fpn")):
+        model, pixels = make(name, tmp_path / "w.safetensors")
+        weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+        assert len(weights) > 20
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+        args = SimpleNamespace(no_compile=True)
+        if name == "fcos_cspresnet10_fpn":
+            with torch.inference_mode():
+                assert len(model(export.as_list(pixels))[0]["boxes"]) > 10
+            assert export.detectors(model, pixels, args)["eager"]() == 1
+        else:
+            assert export.classifiers(model, pixels, args)["eager"]() == 1
+
+
+@pytest.mark.slow
+def test_a_table_of_a_small_classifier(tmp_path, capsys):
+    arguments = ["--models", "cspresnet10", "--batch-sizes", "2", "--rounds", "1", "--no-compile"]
+    export.main([*arguments, "--json", str(tmp_path / "x.json")])
+    figures = json.loads((tmp_path / "x.json").read_text())["models"]["cspresnet10"]["batches"]["2"]
+    assert set(figures["ours_over"]) == {"OpenVINO", "INT8", "eager"}
+    assert all(value > 0 for value in figures["images_per_s"].values())
+    assert "| cspresnet10 | 2 |" in capsys.readouterr().out
