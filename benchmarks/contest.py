@@ -16,8 +16,9 @@ SPREAD = 2.0  # the standard deviation of excited logits
 
 
 def take_turns(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, Any]:
-    """Images a second of each, the median of `rounds`, and the medians of the first's speed over each other's. A turn is
-    as many calls as take half a second.
+    """Images a second of each, the median of `rounds`, and the medians of the first's speed over each other's.
+
+    A turn is as many calls as take half a second.
     """
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(1 + rounds):
