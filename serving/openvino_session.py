@@ -1,6 +1,7 @@
 """An artefact on OpenVINO's CPU plugin, behind what `runtime.OnnxModel` asks of a session; no torch here."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,11 +17,17 @@ from serving.graph_cache import entry_key, load_or_make
 _TYPES = {"u8": "tensor(uint8)", "i64": "tensor(int64)", "f32": "tensor(float)"}
 
 
+@functools.cache
+def _core() -> Any:
+    """One for the process: with its last model a core unloads its plugin, whose threads may still run."""
+    return ov.Core()
+
+
 class OpenVinoSession:
     """One compiled model for all shapes; each thread that runs it gets a request of its own."""
 
     def __init__(self, path: Path, content: bytes, sha256: str, threads: int, cache: bool):
-        core = ov.Core()
+        core = _core()
         config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 otherwise, where the CPU has it

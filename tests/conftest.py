@@ -1,11 +1,15 @@
 import contextlib
 import io
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+# Ray reads it when a test module first imports it: under `uv run` it would copy this folder for its workers.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 @pytest.fixture(autouse=True)
