@@ -97,7 +97,8 @@ def test_detectors_equal_torchvision(exported: Exported, family: str) -> None:
     assert parity.detections > 8 * len(BATCH_SIZES)
     assert parity.unmatched <= 0.01 * parity.detections
     assert set(parity.largest) == {"scores", "boxes"} | ({"masks"} if "maskrcnn" in family else set())
-    assert all(0 < value < 1e-2 for value in parity.largest.values())
+    assert all(0 <= value < 1e-2 for value in parity.largest.values())
+    assert any(parity.largest.values())  # something was compared
 
 
 @pytest.mark.slow
