@@ -41,15 +41,16 @@ def profile(model: str, size: int) -> Profile:
     Raises:
         InputError: no such model.
     """
-    return _count(_on_meta(model), size)
+    return count(_on_meta(model), size)
 
 
 @torch.no_grad()
-def _count(network: CSPNet, size: int) -> Profile:
+def count(network: CSPNet, size: int) -> Profile:
+    """Cost of an image of `size` x `size` pixels in a network on the meta device."""
     macs = norms = activations = 0
 
     # By hooks, though torch counts too: its FlopCounterMode looks at each operation, and takes twice the time.
-    def count(module: nn.Module, _: Any, output: Tensor) -> None:
+    def add(module: nn.Module, _: Any, output: Tensor) -> None:
         nonlocal macs, norms, activations
         if isinstance(module, nn.Conv2d | nn.Linear):
             macs += output.numel() * module.weight[0].numel()
@@ -57,7 +58,7 @@ def _count(network: CSPNet, size: int) -> Profile:
         elif isinstance(module, nn.BatchNorm2d):
             norms += output.numel()
 
-    handles = [module.register_forward_hook(count) for module in network.modules()]
+    handles = [module.register_forward_hook(add) for module in network.modules()]
     network.eval()(torch.empty(1, 3, size, size, device="meta"))
     for handle in handles:
         handle.remove()
@@ -211,7 +212,7 @@ def table() -> str:
     lines = ["{:<24}{:>9}{:>11}{:>11}{:>9}{:>9}  published by: protocol".format(*head)]
     for name in VARIANTS:
         network = _on_meta(name)
-        small, large = _count(network, 224), _count(network, 256)
+        small, large = count(network, 224), count(network, 256)
         cost = f"{name:<24}{small.params:>9.2f}{small.gmacs:>11.2f}{large.gmacs:>11.2f}"
         figures = RELEASES[name].figures if name in RELEASES else ()
         rows = [f"{p.top1:>9.3f}{p.top5:>9.3f}  {p.by}: {p.preprocess}" for p in figures]

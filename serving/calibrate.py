@@ -16,7 +16,8 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 from onnxruntime.quantization.calibrate import HistogramCollector
 
-from serving.runtime import usable_cores
+from serving.ort_session import session_options
+from serving.providers import usable_cores
 
 Method = Literal["minmax", "percentile", "entropy"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -39,7 +40,8 @@ def measure_ranges(
     Min-max takes all values in, percentile cuts off the outermost, and entropy cuts where the quantized distribution
     is nearest to the whole one. The last two see a sample. Zero is in every range.
     """
-    session = _session(_tapped(graph, tensors))
+    tapped, options = _tapped(graph, tensors).SerializeToString(), session_options(usable_cores())
+    session = ort.InferenceSession(tapped, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()][len(graph.graph.output) :]
     ends, sampled = np.zeros((len(tensors), 2), dtype=np.float32), set(methods) != {"minmax"}
     collector = HistogramCollector(
@@ -86,10 +88,3 @@ def _tapped(graph: onnx.ModelProto, tensors: Sequence[str]) -> onnx.ModelProto:
         shapes: tuple[tuple[str, list[Any]], ...] = ((low, []), (high, []), (sample, [None]))
         tapped.graph.output.extend(helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in shapes)
     return tapped
-
-
-def _session(graph: onnx.ModelProto) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    options.log_severity_level = 3
-    return ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])

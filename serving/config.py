@@ -4,7 +4,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from backbones.schema import Section
-from serving.providers import ON_GPU, Provider
+from serving.providers import ON_GPU, Provider, check_gpu_options
 
 
 class ServedModel(Section):
@@ -37,10 +37,7 @@ class ServedModel(Section):
             raise ValueError(
                 f"provider {self.provider} has no use for num_gpus={self.num_gpus}: ask for cuda, or for 0"
             )
-        if self.gpu_mem_limit is not None and self.provider not in ON_GPU:
-            raise ValueError(f"gpu_mem_limit does not go with provider {self.provider}: ask for cuda or tensorrt")
-        if self.cuda_graphs and self.provider != "cuda":
-            raise ValueError(f"cuda_graphs does not go with provider {self.provider}: ask for cuda")
+        check_gpu_options(self.provider, self.gpu_mem_limit, self.cuda_graphs)
         return self
 
 

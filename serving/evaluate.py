@@ -55,13 +55,13 @@ class ArtifactSource:
     """The artefact itself, run here."""
 
     def __init__(self, path: str | Path, provider: Provider = "auto"):
-        self.name, self._predictor = "artifact", create_predictor(OnnxModel(path, provider))
-        self.metadata: Artifact = self._predictor.metadata
+        self.name, self.predictor = "artifact", create_predictor(OnnxModel(path, provider))
+        self.metadata: Artifact = self.predictor.metadata
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
         files = [File(str(path), os.fsencode(path.absolute())) for path in paths]
         with ThreadPoolExecutor() as pool:
-            for rows in predict_files(self._predictor, files, BATCH_SIZE, pool):
+            for rows in predict_files(self.predictor, files, BATCH_SIZE, pool):
                 yield from rows
 
 

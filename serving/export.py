@@ -17,7 +17,6 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.engine import normalize
@@ -25,6 +24,7 @@ from backbones.errors import InputError
 from backbones.files import check_writable, sha256, versions, write_aside
 from backbones.labels import class_names
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess, canvases
+from backbones.profile import count
 from backbones.published import protocol
 from backbones.weights import read_metadata, read_weights, resolve
 from detection.batched import BatchedDetector, output_names
@@ -111,9 +111,10 @@ def _export_classifier(
     model = create_model(name, len(classes), weights).eval()
     preprocess = ClassifierPreprocess.model_validate(metadata.get("preprocess", protocol(name)))
     compared = pictures(images, preprocess.resize, preprocess.resize)
+    cost = count(copy.deepcopy(model).to("meta"), preprocess.crop)
     artifact = ClassifierArtifact(
-        model=name, classes=tuple(classes), preprocess=preprocess,
-        gmacs=_gmacs(model, preprocess.crop), **_common(weights, metadata, precision),
+        model=name, classes=tuple(classes), preprocess=preprocess, gmacs=cost.bflops / 2,
+        **_common(weights, metadata, precision),
     )  # fmt: skip
     graph = trace(
         ExportedClassifier(model, preprocess),
@@ -122,14 +123,6 @@ def _export_classifier(
         precision,
     )
     return _write(graph, artifact, output, lambda onnx_model: compare_classifier(model, onnx_model, compared))
-
-
-@torch.no_grad()
-def _gmacs(model: CSPNet, crop: int) -> float:
-    """Billions of multiply-adds of convolutions and linear layers for an image."""
-    with FlopCounterMode(display=False) as flops:
-        copy.deepcopy(model).to("meta")(torch.empty(1, 3, crop, crop, device="meta"))
-    return flops.get_total_flops() / 2 / 1e9
 
 
 def _head_size(weights: Path) -> int:

@@ -55,7 +55,7 @@ class OrtSession:
         return outputs
 
     def _open(self, path: Path, model: bytes | Path, options: Any = None, providers: Any = None) -> Any:
-        options, providers = options or _options(self._threads), providers or [(NAMES["cpu"], {})]
+        options, providers = options or session_options(self._threads), providers or [(NAMES["cpu"], {})]
         try:  # without its fallback, which would go on with other providers, here and after a run that fails
             return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime's exceptions share no public base
@@ -69,7 +69,7 @@ class OrtSession:
         """A session on the CPU from a graph that was optimised before; without one, it is left for the next."""
 
         def load(entry: Path) -> Any:
-            options = _options(self._threads)
+            options = session_options(self._threads)
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry("session.load_model_format", "ORT")
             # Weights stay in the mapped file, which the replicas of a machine then share.
@@ -78,7 +78,7 @@ class OrtSession:
             return self._open(entry, entry, options)
 
         def make(aside: Path | None) -> Any:
-            options = _options(self._threads)
+            options = session_options(self._threads)
             if aside is not None:
                 options.optimized_model_filepath = str(aside)
                 options.add_session_config_entry("session.save_model_format", "ORT")
@@ -87,7 +87,7 @@ class OrtSession:
         return load_or_make(path, entry_key("onnxruntime", ort.__version__, sha256), load, make)
 
 
-def _options(threads: int) -> Any:
+def session_options(threads: int) -> Any:
     """`SessionOptions` for every provider."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -6,10 +6,10 @@ Shapes: N images, C classes, K detections of an image.
 import copy
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ NEAR = {"fp32": 0.1, "fp16": 8.0, "int8": 16.0}  # pixels; further apart they ar
 # Share of detections that may have no partner. Of two that overlap and score alike, rounding decides which NMS keeps.
 UNMATCHED = {"fp32": 0.01, "fp16": 0.1}
 
+T = TypeVar("T")
 Output: TypeAlias = dict[str, npt.NDArray[Any]]  # boxes [K, 4], scores [K], labels [K], maybe masks [K, 28, 28]
 
 
@@ -109,7 +110,8 @@ def measure_classifier(
     preprocess = onnx_model.metadata.preprocess
     largest = {"logits": 0.0, "probabilities": 0.0}
     same = count = total = 0
-    for group in _chunks((classifier_pixels(image, preprocess) for image in images), max(batch_sizes)):
+    pixels = (classifier_pixels(image, preprocess) for image in images)
+    for group in _grouped(pixels, np.shape, max(batch_sizes)):
         expected = model(normalize(torch.from_numpy(np.stack(group)), preprocess))
         logits, probabilities = expected.numpy(), expected.softmax(1).numpy()
         total += len(group)
@@ -143,7 +145,7 @@ def measure_detector(
     divisor = metadata.preprocess.divisor
     fitted = (detector_pixels(image, metadata.preprocess) for image in images)
     match, total = _Match(metadata), 0
-    for group in _by_canvas(fitted, divisor, max(batch_sizes)):
+    for group in _grouped(fitted, lambda item: canvas_size(item.pixels, divisor), max(batch_sizes)):
         expected = [_torchvision(model, item) for item in group]
         total += len(group)
         for batch in _batches(len(group), batch_sizes):
@@ -225,25 +227,13 @@ def _larger(one: float, other: float) -> float:
     return float(np.maximum(one, other))
 
 
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    group: list[Any] = []
+def _grouped(items: Iterable[T], key: Callable[[T], object], size: int) -> Iterator[list[T]]:
+    """Items of one key, `size` at a time; the last of each key may be fewer."""
+    waiting: dict[object, list[T]] = defaultdict(list)
     for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _by_canvas(items: Iterable[Fitted], divisor: int, size: int) -> Iterator[list[Fitted]]:
-    """Images of one canvas, `size` at a time; the last of each canvas may be fewer."""
-    waiting: dict[tuple[int, int], list[Fitted]] = defaultdict(list)
-    for item in items:
-        canvas = canvas_size(item.pixels, divisor)
-        waiting[canvas].append(item)
-        if len(waiting[canvas]) == size:
-            yield waiting.pop(canvas)
+        waiting[key(item)].append(item)
+        if len(waiting[key(item)]) == size:
+            yield waiting.pop(key(item))
     yield from waiting.values()
 
 

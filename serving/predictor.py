@@ -56,9 +56,13 @@ class Classifier:
         """
         return classifier_pixels(decode(image), self.metadata.preprocess)
 
+    def inputs(self, prepared: Sequence[Pixels]) -> dict[str, npt.NDArray[Any]]:
+        """What the artefact takes, of images that `prepare` gave."""
+        return {"images": np.stack(prepared)}
+
     def predict(self, prepared: Sequence[Pixels]) -> list[Classification]:
         """Results in the order of the images that `prepare` gave."""
-        outputs = self.model.run(images=np.stack(prepared))
+        outputs = self.model.run(**self.inputs(prepared))
         indices = rank(outputs["logits"], len(self.metadata.classes))
         probabilities = np.take_along_axis(outputs["probabilities"], indices, axis=1)
         return [Classification(i, p) for i, p in zip(indices, probabilities, strict=True)]
@@ -78,6 +82,11 @@ class Detector:
         """
         return detector_pixels(decode(image), self.metadata.preprocess)
 
+    def inputs(self, prepared: Sequence[Fitted]) -> dict[str, npt.NDArray[Any]]:
+        """What the artefact takes, of images of one canvas that `prepare` gave."""
+        images, sizes = stack([item.pixels for item in prepared], self.metadata.preprocess.divisor)
+        return {"images": images, "sizes": sizes}
+
     def predict(self, prepared: Sequence[Fitted]) -> list[Detections]:
         """Results in the order of the images that `prepare` gave; images of one canvas run together."""
         divisor = self.metadata.preprocess.divisor
@@ -86,8 +95,7 @@ class Detector:
             canvases[canvas_size(item.pixels, divisor)].append(i)
         results: dict[int, Detections] = {}
         for members in canvases.values():
-            images, sizes = stack([prepared[i].pixels for i in members], divisor)
-            outputs = self.model.run(images=images, sizes=sizes)
+            outputs = self.model.run(**self.inputs([prepared[i] for i in members]))
             for row, i in enumerate(members):
                 results[i] = _detections(outputs, row, prepared[i])
         return [results[i] for i in range(len(prepared))]

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
+from backbones.errors import InputError
+
 Provider = Literal["auto", "cpu", "cuda", "tensorrt", "openvino"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 ON_GPU: tuple[Provider, ...] = ("tensorrt", "cuda")  # best first
@@ -26,6 +28,18 @@ _CUDA_WHEELS = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 def usable_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_gpu_options(provider: Provider, gpu_mem_limit: int | None, cuda_graphs: bool) -> None:
+    """Refuse what a provider has no use for.
+
+    Raises:
+        InputError: naming it and the remedy.
+    """
+    if cuda_graphs and provider != "cuda":
+        raise InputError(f"cuda_graphs does not go with provider {provider}: ask for cuda, or leave it out")
+    if gpu_mem_limit is not None and provider not in ON_GPU:
+        raise InputError(f"gpu_mem_limit does not go with provider {provider}: ask for cuda, or leave it out")
 
 
 def missing(provider: Provider) -> str | None:

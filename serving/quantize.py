@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 
@@ -19,14 +18,13 @@ from backbones.errors import InputError
 from backbones.files import check_writable, list_images, write_aside
 from backbones.imagenet import list_samples
 from backbones.layouts import Source
-from backbones.preprocess import stack
 from backbones.progress import progress
 from detection.coco import read_coco
 from detection.config import DetectorConfig
 from serving.artifact import Artifact, ClassifierArtifact, Parity, Quantization, read_whole, write_artifact
 from serving.calibrate import METHODS, Method, Ranges, measure_ranges
 from serving.evaluate import ArtifactSource, run_eval
-from serving.predictor import Classifier, Predictor, create_predictor
+from serving.predictor import Predictor
 from serving.qdq import activations, exclusions, products, quantize
 from serving.runtime import OnnxModel
 
@@ -90,21 +88,20 @@ def run_quantize(
     _, graph, artifact, _ = read_whole(model)
     _check(graph, artifact, model)
     sources, where = calibration_images(config, overrides, artifact, calibration, images)
-    with tempfile.TemporaryDirectory() as folder:
-        metric, before, evaluated = _accuracy(model, config, [*overrides, f"output={folder}"])
     graph = onnx.shape_inference.infer_shapes(graph)
-    float_model = OnnxModel(model, "cpu")
-    predictor = create_predictor(float_model)
-    print(f"ranges from {len(sources)} images of {where}")
+    original = ArtifactSource(model, "cpu")
     methods = METHODS if method == "auto" else (method,)
-    batches = (inputs(predictor, source) for source in progress(sources, desc="calibrating", unit="image"))
-    ranges = measure_ranges(graph, activations(graph.graph), batches, methods)
-    samples = [_repeated(inputs(predictor, sources[0]), size) for size in BATCH_SIZES]
-
     with tempfile.TemporaryDirectory() as folder:
         scratch = [*overrides, f"output={folder}"]
+        metric, before, evaluated = _accuracy(original, config, scratch)
+        print(f"ranges from {len(sources)} images of {where}")
+        bar = progress(sources, desc="calibrating", unit="image")
+        batches = (inputs(original.predictor, source) for source in bar)
+        ranges = measure_ranges(graph, activations(graph.graph), batches, methods)
+        samples = [inputs(original.predictor, sources[0], size) for size in BATCH_SIZES]
         speeds = "".join(f"  batch {size}" for size in BATCH_SIZES)
         print(f"{'method':<10}  {'kept in float':<20}  nodes  {metric:<7}{speeds}\n{'float':<39} {before:8.4f}")
+        float_model = original.predictor.model
         search = _Search(graph, artifact, ranges, float_model, samples, Path(folder) / CANDIDATE, config, scratch)
         found = search.run(methods)
     best = choose(found, before, max_drop)
@@ -177,26 +174,18 @@ def _splits(
     return [r.path for r in trained.records], [r.path for r in held_out.records], str(coco.train_annotations)
 
 
-def inputs(predictor: Predictor, source: Source) -> Inputs:
-    """What the graph takes for one image, as the predictor would give it.
+def inputs(predictor: Predictor, source: Source, size: int = 1) -> Inputs:
+    """What the graph takes for one image, `size` times over, as the predictor would give it.
 
     Raises:
         ImageError: it cannot be decoded.
     """
-    encoded = source if isinstance(source, Path) else source.read()
-    if isinstance(predictor, Classifier):
-        return {"images": predictor.prepare(encoded)[None]}
-    images, sizes = stack([predictor.prepare(encoded).pixels], predictor.metadata.preprocess.divisor)
-    return {"images": images, "sizes": sizes}
+    prepared: Any = predictor.prepare(source if isinstance(source, Path) else source.read())
+    return predictor.inputs([prepared] * size)
 
 
-def _repeated(one: Inputs, size: int) -> Inputs:
-    return {name: np.repeat(value, size, axis=0) for name, value in one.items()}
-
-
-def _accuracy(path: str | Path, config: str, overrides: Sequence[str]) -> tuple[str, float, int]:
+def _accuracy(source: ArtifactSource, config: str, overrides: Sequence[str]) -> tuple[str, float, int]:
     """The metric's name, its value, and how many images it is of."""
-    source = ArtifactSource(path, "cpu")
     metric = "top1" if isinstance(source.metadata, ClassifierArtifact) else "AP50"
     result = run_eval(config, overrides, source)[0]
     return metric, float(result[metric]), int(result["images"])
@@ -230,9 +219,10 @@ class _Search:
 
     def measure(self, method: Method, kept: str) -> Candidate:
         write_artifact(self.make(method, kept), self.artifact.model_copy(update={"precision": "int8"}), self.path)
+        source = ArtifactSource(self.path, "cpu")
         if kept not in self.speeds:
-            self.speeds[kept] = speedup(self.float_model, OnnxModel(self.path, "cpu"), self.samples)
-        accuracy = _accuracy(self.path, self.config, self.overrides)[1]
+            self.speeds[kept] = speedup(self.float_model, source.predictor.model, self.samples)
+        accuracy = _accuracy(source, self.config, self.overrides)[1]
         candidate = Candidate(method, kept, len(self.exclusions[kept]), accuracy, self.speeds[kept])
         print(candidate)
         return candidate

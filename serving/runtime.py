@@ -11,7 +11,7 @@ import numpy.typing as npt
 from backbones.errors import InputError
 from serving.artifact import Artifact, ClassifierArtifact, read_whole
 from serving.ort_session import OrtSession
-from serving.providers import ON_GPU, Provider, driver_problem, missing, usable_cores
+from serving.providers import ON_GPU, Provider, check_gpu_options, driver_problem, missing, usable_cores
 
 __all__ = ["OnnxModel", "Provider", "usable_cores"]
 _LOG = logging.getLogger(__name__)
@@ -60,10 +60,7 @@ class OnnxModel:
         cuda_graphs: bool = False,
         gpu_mem_limit: int | None = None,
     ):
-        if cuda_graphs and provider != "cuda":
-            raise InputError(f"cuda_graphs does not go with provider {provider}: ask for cuda, or leave it out")
-        if gpu_mem_limit is not None and provider not in ON_GPU:
-            raise InputError(f"gpu_mem_limit does not go with provider {provider}: ask for cuda, or leave it out")
+        check_gpu_options(provider, gpu_mem_limit, cuda_graphs)
         self.path = Path(path)
         content, _, self.metadata, sha256 = read_whole(path)
         threads = threads or usable_cores()

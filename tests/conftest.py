@@ -17,6 +17,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cache of optimised graphs but beside an artefact and, second, below `tmp_path / "user"`."""
+    monkeypatch.delenv("CSPNET_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`exported("classifier")`, or of a detector's family: the artefact of a random network; flags of the command may

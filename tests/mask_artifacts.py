@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import numpy as np
-import onnx
-from artifacts import BOXES, LABELS, SCORES, write_detector
+from artifacts import BOXES, write_detector
 from onnx import TensorProto, helper, numpy_helper
 
-from serving.artifact import DetectorArtifact, from_metadata, write_artifact
+from serving.artifact import read_whole, write_artifact
 
 SIDE = 28
 # In the upper left quarter of the first box, and in the lower half of the second.
@@ -18,7 +17,7 @@ GRIDS[1, SIDE // 2 :] = 0.7
 
 def write_masks(path: Path) -> Path:
     """Answers `GRIDS` as masks, too."""
-    model = onnx.load(str(write_detector(path)))
+    _, model, artifact, _ = read_whole(write_detector(path))
     model.graph.initializer.append(numpy_helper.from_array(GRIDS[None], "grids"))
     model.graph.initializer.append(numpy_helper.from_array(np.array(GRIDS.shape, np.int64), "grids_shape"))
     model.graph.node.extend(
@@ -28,18 +27,13 @@ def write_masks(path: Path) -> Path:
         ]
     )
     model.graph.output.append(helper.make_tensor_value_info("masks", TensorProto.FLOAT, ["N", *GRIDS.shape]))
-    return _rewrite(model, path, masks=True)
+    write_artifact(model, artifact.model_copy(update={"masks": True}), path)
+    return path
 
 
 def write_raw(path: Path) -> Path:
     """Says that its outputs are raw heads."""
-    model = onnx.load(str(write_detector(path)))
+    _, model, artifact, _ = read_whole(write_detector(path))
     del model.graph.output[2:]
-    return _rewrite(model, path, nms=False)
-
-
-def _rewrite(model: onnx.ModelProto, path: Path, **changes: bool) -> Path:
-    artifact = from_metadata({entry.key: entry.value for entry in model.metadata_props}, path)
-    assert isinstance(artifact, DetectorArtifact) and len(SCORES) == len(LABELS) == len(GRIDS)
-    write_artifact(model, artifact.model_copy(update=changes), path)
+    write_artifact(model, artifact.model_copy(update={"nms": False}), path)
     return path

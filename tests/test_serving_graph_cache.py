@@ -6,28 +6,20 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import pytest
 from artifacts import write_classifier, write_detector
+from runtimes import NO_OPENVINO, ON_CPU, assert_equal, pixels
 
 from serving import graph_cache
 from serving.providers import Provider
 from serving.runtime import OnnxModel
 
-NO_OPENVINO = importlib.util.find_spec("openvino") is None
 ROOT = Path(__file__).parents[1]
-ON_CPU = ("cpu", pytest.param("openvino", marks=pytest.mark.skipif(NO_OPENVINO, reason="no openvino")))
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CSPNET_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 @pytest.fixture
@@ -35,18 +27,8 @@ def classifier(tmp_path: Path) -> Path:
     return write_classifier(tmp_path / "m.onnx")
 
 
-def pixels(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
 def entries(artefact: Path) -> list[Path]:
     return sorted(artefact.with_name(f"{artefact.name}.cache").iterdir())
-
-
-def assert_equal(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(found[name], value, name)
 
 
 @pytest.mark.parametrize("provider", ON_CPU)

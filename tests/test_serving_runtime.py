@@ -5,7 +5,7 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 from artifacts import write_classifier, write_detector
 from onnx import helper, numpy_helper
+from runtimes import NO_OPENVINO, ON_CPU, assert_equal, pixels
 
 from backbones.errors import InputError
 from serving import providers
@@ -28,31 +29,14 @@ from serving.runtime import OnnxModel
 
 Exported = Callable[..., Path]
 Arrays = dict[str, np.ndarray[Any, Any]]
-NO_OPENVINO = importlib.util.find_spec("openvino") is None
 ROOT = Path(__file__).parents[1]
-ON_CPU = ("cpu", pytest.param("openvino", marks=pytest.mark.skipif(NO_OPENVINO, reason="no openvino")))
+pytestmark = pytest.mark.usefixtures("own_caches")
 FAMILIES = ("retinanet", "fcos", "fasterrcnn")
-
-
-@pytest.fixture(autouse=True)
-def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CSPNET_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
     return write_classifier(tmp_path / "m.onnx")
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def assert_equal(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        np.testing.assert_array_equal(found[name], value, name)
 
 
 def without_metadata(path: Path) -> None:
