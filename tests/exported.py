@@ -29,7 +29,9 @@ def detector_weights(path: Path, family: str = "fcos") -> Path:
         family: such as `fcos`, or `maskrcnn_v2` for its second version.
     """
     name = f"{family.removesuffix('_v2')}_cspresnet10_fpn{'_v2' if family.endswith('_v2') else ''}"
-    spec = DetectorSpec(model=name, num_classes=3, fpn_channels=64, score_threshold=0.2, max_detections=30)
+    spec = DetectorSpec(
+        model=name, num_classes=3, levels=("c4", "c5"), fpn_channels=64, score_threshold=0.2, max_detections=30
+    )  # of few levels: the exporter traces the heads once a level
     model = randomize(build_detector(spec, SIZE))
     for name, parameter in model.named_parameters():
         if "cls_score" in name:

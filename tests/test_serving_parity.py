@@ -63,7 +63,7 @@ def test_a_batch_changes_no_bit(exported: Exported, family: str) -> None:
             images, sizes = random_images(rng, 4, canvas)
             images[3], sizes[3] = 0, (1, 1)  # hardly anything is found there
             alone = [model.run(images=images[i : i + 1], sizes=sizes[i : i + 1]) for i in range(4)]
-            assert sum(int(found["num_detections"][0]) for found in alone) > 30
+            assert sum(int(found["num_detections"][0]) for found in alone) > 20
             for _ in range(3):
                 mix = rng.integers(0, 4, rng.integers(2, 9))
                 batch = images[mix]

@@ -218,28 +218,30 @@ def test_buffers_of_cuda_graphs(classifier: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_OPENVINO, reason="no openvino")
-@pytest.mark.parametrize("name", ("classifier", *FAMILIES))
-def test_openvino_equals_onnxruntime(exported: Exported, name: str) -> None:
+@pytest.mark.parametrize("family", ("classifier", *FAMILIES))
+def test_openvino_equals_onnxruntime(exported: Exported, family: str) -> None:
     """One compiled model for all shapes, from a cold start and from the cache; after onnxruntime has run in the thread,
     which leaves it in a mode that OpenVINO's integers once suffered from.
     """
-    reference = OnnxModel(exported(name), "cpu", threads=2, cache=False)
+    reference = OnnxModel(exported(family), "cpu", threads=2, cache=False)
     found_objects = 0
     for start in range(2):
-        model = OnnxModel(exported(name), "openvino", threads=2)
+        model = OnnxModel(exported(family), "openvino", threads=2)
         assert (list(model.inputs), list(model.outputs)) == (list(reference.inputs), list(reference.outputs))
         for n, h, w in ((1, 128, 128), (3, 128, 256), (1, 128, 128), (2, 256, 128)):
             arrays: Arrays = {"images": pixels(n, h, w, 3, seed=n)}
-            if name != "classifier":
+            if family != "classifier":
                 arrays["sizes"] = np.array([[h - 7 * i, w - 11 * i] for i in range(n)])
             wanted, found = reference.run(**arrays), model.run(**arrays)
-            found_objects += int(wanted["num_detections"].sum()) if name != "classifier" else n
+            found_objects += int(wanted["num_detections"].sum()) if family != "classifier" else n
             for output, value in wanted.items():
                 assert (found[output].dtype, found[output].shape) == (value.dtype, value.shape)
                 np.testing.assert_allclose(
                     found[output], value, rtol=1e-5, atol={"boxes": 1e-2}.get(output, 1e-4), err_msg=f"{start} {output}"
                 )
             alone = [model.run(**{key: value[i : i + 1] for key, value in arrays.items()}) for i in range(n)]
+            rounding = 1e-4 if family == "fasterrcnn" else 0  # its box head multiplies a batch's boxes as one matrix
             for output, value in found.items():
-                np.testing.assert_array_equal(np.concatenate([one[output] for one in alone]), value, output)
+                each = np.concatenate([one[output] for one in alone])
+                np.testing.assert_allclose(each, value, rtol=0, atol=rounding, err_msg=output)
     assert found_objects > 10
