@@ -6,10 +6,11 @@ in front at `/`, which knows all of them. `serve.py` starts them on this machine
 
 import asyncio
 import io
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from PIL import Image
 from ray import serve
@@ -20,18 +21,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from backbones.errors import InputError
+from backbones.preprocess import ImageError
+from serving import oip
 from serving.artifact import ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
-from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, read_image, read_parameter, respond, tensors
+from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, read_body, read_parameter, respond
 from serving.runtime import OnnxModel, Provider, usable_cores
 from serving.schemas import classify_answer, detect_answer
 
 FRONT = "_front"  # no model's name, which starts with a letter or digit
 DEFAULT_TOP_K, MAX_TOP_K = 5, 100_000
+VERSION = oip.VERSION
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
+T = TypeVar("T")
 ENDPOINTS = {"classification": "classify", "detection": "detect"}
 
 
@@ -79,19 +84,51 @@ class ModelReplica:
         self.batches_seen = self.batches.batches
 
     async def _answer(self, request: Request) -> Any:
-        action = request.url.path.removeprefix(route_prefix(self.name)).strip("/")
+        path = route_prefix(self.name)
+        action = request.url.path.removeprefix(path).strip("/")
+        if action == "versions" or action.startswith("versions/"):
+            asked, _, action = action.removeprefix("versions").strip("/").partition("/")
+            if asked != VERSION:
+                raise Refusal(404, f"no version {asked!r} of {self.name!r} here: there is {VERSION}")
         if not action:
             allow(request, "GET", "HEAD")
             return self._describe()
+        if action == "ready":
+            allow(request, "GET", "HEAD")
+            return {"name": self.name, "ready": True}  # a replica that answers is warm
+        if action == "infer":
+            allow(request, "POST")
+            return await self._infer(request)
         if action not in ENDPOINTS.values():
-            raise Refusal(404, f"no {action!r} here: GET {route_prefix(self.name)}, or POST …/{self.endpoint} an image")
+            raise Refusal(404, f"no {action!r} here: GET {path}, or POST …/{self.endpoint} an image")
         allow(request, "POST")
         if action != self.endpoint:
-            task, path = self.model.metadata.task, f"{route_prefix(self.name)}/{self.endpoint}"
+            task, path = self.model.metadata.task, f"{path}/{self.endpoint}"
             raise Refusal(400, f"{self.name!r} is a model for {task}: POST to {path}")
-        return await self._infer(request)
+        return await self._find(request)
 
-    async def _infer(self, request: Request) -> Any:
+    async def _infer(self, request: Request) -> Response:
+        """Tensors to tensors, several images at once."""
+        body = await read_body(request, self.max_body_bytes, "an inference request, as JSON")
+        length = request.headers.get(oip.JSON_LENGTH)
+        asked = await self._in_thread(oip.parse, body, length, self.model.metadata)
+        prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
+        results = await asyncio.gather(*map(self.batches.submit, prepared))
+        content, headers = await self._in_thread(oip.render, asked, self.name, self.model.metadata, results)
+        return Response(content, headers=headers)
+
+    def _prepare(self, asked: oip.InferRequest, i: int) -> Any:
+        try:
+            return self.predictor.prepare(asked.images[i])
+        except ImageError as error:
+            raise ImageError(f"element {i} of {len(asked.images)}: {error}") from None
+
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Off the event loop, which has no time for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, work, *args)
+
+    async def _find(self, request: Request) -> Any:
+        """An image to what people read."""
         metadata = self.model.metadata
         if isinstance(metadata, ClassifierArtifact):
             top_k = read_parameter(request, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
@@ -101,24 +138,23 @@ class ModelReplica:
         found = await self._run(request)
         if found.masks is None:
             return detect_answer(metadata, found, threshold)
-        # Masks are pasted as they are read, which the event loop has no time for.
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.decoders, detect_answer, metadata, found, threshold)
+        return await self._in_thread(detect_answer, metadata, found, threshold)  # masks are pasted as they are read
 
     async def _run(self, request: Request) -> Any:
-        body = await read_image(request, self.max_body_bytes)
-        loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self.decoders, self.predictor.prepare, body)
-        return await self.batches.submit(prepared)
+        body = await read_body(request, self.max_body_bytes)
+        return await self.batches.submit(await self._in_thread(self.predictor.prepare, body))
 
     def _describe(self) -> dict[str, Any]:
         metadata = self.model.metadata
         return {
             "name": self.name,
-            "versions": ["1"],
+            "versions": [VERSION],
             "platform": "onnxruntime_onnx",
-            "inputs": tensors(self.model.inputs),
-            "outputs": tensors(self.model.outputs),
+            "inputs": [{"name": oip.INPUT, "datatype": "BYTES", "shape": [-1]}],  # or UINT8 [-1, -1, -1, 3]
+            "outputs": [
+                {"name": name, "datatype": datatype, "shape": shape}
+                for name, (datatype, shape) in oip.output_tensors(metadata).items()
+            ],
             "parameters": {
                 "task": metadata.task,
                 "endpoint": f"{route_prefix(self.name)}/{self.endpoint}",
@@ -146,7 +182,11 @@ class Front:
         path = request.url.path.rstrip("/")
         if path == "/v2":
             allow(request, "GET", "HEAD")
-            return {"name": "cspnet", "version": version("cspnet"), "extensions": ["model_repository"]}
+            return {
+                "name": "cspnet",
+                "version": version("cspnet"),
+                "extensions": ["binary_tensor_data", "model_repository"],
+            }
         if path == "/v2/health/live":
             allow(request, "GET", "HEAD")
             return {"live": True}
@@ -170,7 +210,7 @@ class Front:
         return [
             {
                 "name": name,
-                "version": "1",
+                "version": VERSION,
                 "state": "READY" if states.get(name) == "RUNNING" else "UNAVAILABLE",
                 "reason": "" if states.get(name) == "RUNNING" else states.get(name, "NOT_STARTED"),
                 "task": task,

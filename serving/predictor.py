@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from backbones.errors import InputError
 from backbones.metrics import rank
@@ -18,6 +19,8 @@ from backbones.preprocess import Fitted, Pixels, canvas_size, classifier_pixels,
 from detection.masks import PastedMasks, RunLengths
 from serving.artifact import ClassifierArtifact, DetectorArtifact
 from serving.runtime import OnnxModel
+
+Source = bytes | str | Path | Pixels  # an image: encoded, of a path, or uint8 [H, W, 3] in RGB
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class Classifier:
     def __init__(self, model: OnnxModel, metadata: ClassifierArtifact):
         self.model, self.metadata = model, metadata
 
-    def prepare(self, image: bytes | str | Path) -> Pixels:
-        """Decode, resize and crop one image, given encoded or as a path.
+    def prepare(self, image: Source) -> Pixels:
+        """Decode, resize and crop one image.
 
         Raises:
             ImageError: it cannot be decoded.
         """
-        return classifier_pixels(decode(image), self.metadata.preprocess)
+        return classifier_pixels(_picture(image), self.metadata.preprocess)
 
     def inputs(self, prepared: Sequence[Pixels]) -> dict[str, npt.NDArray[Any]]:
         """What the artefact takes, of images that `prepare` gave."""
@@ -74,13 +77,13 @@ class Detector:
     def __init__(self, model: OnnxModel, metadata: DetectorArtifact):
         self.model, self.metadata = model, metadata
 
-    def prepare(self, image: bytes | str | Path) -> Fitted:
-        """Decode and resize one image, given encoded or as a path.
+    def prepare(self, image: Source) -> Fitted:
+        """Decode and resize one image.
 
         Raises:
             ImageError: it cannot be decoded.
         """
-        return detector_pixels(decode(image), self.metadata.preprocess)
+        return detector_pixels(_picture(image), self.metadata.preprocess)
 
     def inputs(self, prepared: Sequence[Fitted]) -> dict[str, npt.NDArray[Any]]:
         """What the artefact takes, of images of one canvas that `prepare` gave."""
@@ -99,6 +102,10 @@ class Detector:
             for row, i in enumerate(members):
                 results[i] = _detections(outputs, row, prepared[i])
         return [results[i] for i in range(len(prepared))]
+
+
+def _picture(image: Source) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else decode(image)
 
 
 def _detections(outputs: dict[str, npt.NDArray[Any]], row: int, item: Fitted) -> Detections:

@@ -10,18 +10,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from backbones.errors import unknown
+from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError
 
 RETRY_AFTER_S = 1
-_DATATYPES = {
-    "tensor(uint8)": "UINT8",
-    "tensor(int32)": "INT32",
-    "tensor(int64)": "INT64",
-    "tensor(float16)": "FP16",
-    "tensor(float)": "FP32",
-    "tensor(double)": "FP64",
-}
 _RAY_SAYS = {  # Ray's own refusals, in words that help a client
     408: "no answer within the time limit: try again, send less at once, or raise timeout_s in the config",
     503: "overloaded, the queue is full: try again after the seconds in Retry-After",
@@ -40,13 +32,16 @@ class Refusal(Exception):
 
 
 async def respond(handler: Callable[[Request], Awaitable[Any]], request: Request, timeout_s: float) -> Response:
-    """What `handler` returns, as JSON; what it raises, as the status that fits."""
+    """What `handler` returns, as JSON unless it is a response; what it raises, as the status that fits."""
     try:
-        return JSONResponse(await asyncio.wait_for(handler(request), timeout_s))
+        answer = await asyncio.wait_for(handler(request), timeout_s)
+        return answer if isinstance(answer, Response) else JSONResponse(answer)
     except Refusal as refusal:
         return refusal.response()
     except ImageError as error:
         return Refusal(422, str(error)).response()
+    except InputError as error:
+        return Refusal(400, str(error)).response()
     except asyncio.TimeoutError:
         return Refusal(408, f"no answer within {timeout_s:g} s: {_RAY_SAYS[408].partition(': ')[2]}").response()
     except ClientDisconnect:
@@ -63,12 +58,16 @@ def allow(request: Request, *methods: str) -> None:
         raise Refusal(405, f"{request.method} is not for {request.url.path}: use {names}", {"Allow": names})
 
 
-async def read_image(request: Request, limit: int) -> bytes:
-    """The whole body, given up as soon as it is known to pass `limit` bytes."""
+async def read_body(request: Request, limit: int, what: str = "the bytes of a JPEG or PNG file") -> bytes:
+    """The whole body, given up as soon as it is known to pass `limit` bytes.
+
+    Args:
+        what: the remedy for an empty one.
+    """
     content_type = request.headers.get("content-type", "")
     if content_type.lower().startswith("multipart/"):
         raise Refusal(415, f"{content_type.partition(';')[0]} is not read here: send the image itself as the body")
-    too_large = Refusal(413, f"the body is over {limit} bytes: send a smaller image, or raise max_body_bytes")
+    too_large = Refusal(413, f"the body is over {limit} bytes: send less at once, or raise max_body_bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise too_large
@@ -78,7 +77,7 @@ async def read_image(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise too_large
     if not body:
-        raise Refusal(400, "the body is empty: send the bytes of a JPEG or PNG file")
+        raise Refusal(400, f"the body is empty: send {what}")
     return bytes(body)
 
 
@@ -98,14 +97,6 @@ def read_parameter(request: Request, name: str, kind: Callable[[str], Any], low:
         what = "an integer" if kind is int else "a number"
         raise Refusal(400, f"{name}={text!r} is not {what} from {low:g} to {high:.10g}")
     return value
-
-
-def tensors(values: Mapping[str, tuple[str, list[Any]]]) -> list[dict[str, Any]]:
-    """onnxruntime's inputs or outputs as the Open Inference Protocol spells them; -1 is any size."""
-    return [
-        {"name": name, "datatype": _DATATYPES[kind], "shape": [d if isinstance(d, int) else -1 for d in shape]}
-        for name, (kind, shape) in values.items()
-    ]
 
 
 class JsonErrors:
