@@ -6,9 +6,10 @@ in front at `/`, which knows all of them. `serve.py` starts them on this machine
 
 import asyncio
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
@@ -20,22 +21,25 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from backbones.errors import InputError
-from backbones.preprocess import ImageError
+from backbones.errors import InputError, unknown
+from backbones.preprocess import ImageError, decode
+from detection.drawing import COLORS, draw_boxes
 from serving import oip
-from serving.artifact import ClassifierArtifact, DetectorArtifact
+from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
-from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, read_body, read_parameter, respond
+from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, number, read_body, read_query, respond
 from serving.runtime import OnnxModel, Provider, usable_cores
-from serving.schemas import classify_answer, detect_answer
+from serving.schemas import DetectAnswer, classify_answer, detect_answer
+from serving.uploads import read_upload
 
 FRONT = "_front"  # no model's name, which starts with a letter or digit
 DEFAULT_TOP_K, MAX_TOP_K = 5, 100_000
 VERSION = oip.VERSION
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
+PICTURES = ("png", "jpeg")  # formats of `annotate`
 T = TypeVar("T")
 ENDPOINTS = {"classification": "classify", "detection": "detect"}
 
@@ -128,21 +132,43 @@ class ModelReplica:
         return await asyncio.get_running_loop().run_in_executor(self.decoders, work, *args)
 
     async def _find(self, request: Request) -> Any:
-        """An image to what people read."""
+        """An image or several to what people read; of several, a bad one is an error in its place."""
+        answer, picture = self._read_query(request)
+        upload = await read_upload(request, self.max_body_bytes)
+        if not upload.several:
+            found = await self._one(upload.images[0], answer)
+            return await self._in_thread(draw, upload.images[0], found, picture) if picture else found
+        if picture:
+            raise Refusal(400, f"annotate={picture} answers one picture: send one image at a time")
+
+        async def entry(name: str, image: bytes) -> dict[str, Any]:
+            try:
+                return {"name": name, **await self._one(image, answer)}
+            except ImageError as error:
+                return {"name": name, "error": str(error)}
+
+        return {"results": await asyncio.gather(*map(entry, upload.names, upload.images))}
+
+    async def _one(self, image: bytes, answer: Callable[[Any], Any]) -> Any:
+        found = await self.batches.submit(await self._in_thread(self.predictor.prepare, image))
+        # Masks are pasted as they are read, which the event loop has no time for.
+        return await self._in_thread(answer, found) if getattr(found, "masks", None) is not None else answer(found)
+
+    def _read_query(self, request: Request) -> tuple[Callable[[Any], Any], str | None]:
+        """What makes an answer of a result, and the format of a picture, if one is to be the answer."""
         metadata = self.model.metadata
         if isinstance(metadata, ClassifierArtifact):
-            top_k = read_parameter(request, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
-            return classify_answer(metadata, await self._run(request), top_k)
+            query = read_query(request, "top_k", "classes")
+            top_k = number(query, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
+            return partial(classify_answer, metadata, top_k=top_k, classes=_classes(query, metadata)), None
+        query = read_query(request, "score_threshold", "classes", "annotate")
         # Below the artefact's own threshold there is nothing to return.
-        threshold = read_parameter(request, "score_threshold", float, metadata.score_threshold, 1)
-        found = await self._run(request)
-        if found.masks is None:
-            return detect_answer(metadata, found, threshold)
-        return await self._in_thread(detect_answer, metadata, found, threshold)  # masks are pasted as they are read
-
-    async def _run(self, request: Request) -> Any:
-        body = await read_body(request, self.max_body_bytes)
-        return await self.batches.submit(await self._in_thread(self.predictor.prepare, body))
+        threshold = number(query, "score_threshold", float, metadata.score_threshold, 1)
+        picture = query.get("annotate")
+        if picture not in (None, *PICTURES):
+            raise Refusal(400, str(unknown("value of annotate", picture, PICTURES)))
+        classes = _classes(query, metadata)
+        return partial(detect_answer, metadata, score_threshold=threshold, classes=classes), picture
 
     def _describe(self) -> dict[str, Any]:
         metadata = self.model.metadata
@@ -167,6 +193,21 @@ class ModelReplica:
                 "metadata": metadata.model_dump(mode="json"),
             },
         }
+
+
+def _classes(query: Mapping[str, str], metadata: Artifact) -> tuple[int, ...] | None:
+    return oip.class_indices(query["classes"], metadata) if "classes" in query else None
+
+
+def draw(image: bytes, answer: DetectAnswer, kind: str) -> Response:
+    """The upright image with its detections, the best on top."""
+    picture, found = decode(image), answer["detections"][::-1]
+    texts = [f"{box['label']} {box['score']:.2f}" for box in found]
+    colors = [COLORS[box["category_id"] % len(COLORS)] for box in found]
+    draw_boxes(picture, [box["box"] for box in found], texts, colors)
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return Response(buffer.getvalue(), media_type=f"image/{kind}")
 
 
 class Front:

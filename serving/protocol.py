@@ -64,9 +64,6 @@ async def read_body(request: Request, limit: int, what: str = "the bytes of a JP
     Args:
         what: the remedy for an empty one.
     """
-    content_type = request.headers.get("content-type", "")
-    if content_type.lower().startswith("multipart/"):
-        raise Refusal(415, f"{content_type.partition(';')[0]} is not read here: send the image itself as the body")
     too_large = Refusal(413, f"the body is over {limit} bytes: send less at once, or raise max_body_bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -81,12 +78,17 @@ async def read_body(request: Request, limit: int, what: str = "the bytes of a JP
     return bytes(body)
 
 
-def read_parameter(request: Request, name: str, kind: Callable[[str], Any], low: float, high: float) -> Any:
-    """The query's only parameter, a number within [low, high]; None if it is not given."""
+def read_query(request: Request, *names: str) -> dict[str, str]:
+    """The query's parameters, of these names."""
     for key in request.query_params:
-        if key != name:
-            raise Refusal(400, str(unknown("parameter", key, [name])))
-    text = request.query_params.get(name)
+        if key not in names:
+            raise Refusal(400, str(unknown("parameter", key, names)))
+    return dict(request.query_params)
+
+
+def number(query: Mapping[str, str], name: str, kind: Callable[[str], Any], low: float, high: float) -> Any:
+    """A parameter that is a number within [low, high]; None if it is not given."""
+    text = query.get(name)
     if text is None:
         return None
     try:

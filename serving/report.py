@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from backbones.files import write_aside
-from detection.drawing import draw_boxes
+from detection.drawing import COLORS, draw_boxes
 from serving.predictor import Detections
 
-COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

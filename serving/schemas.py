@@ -1,5 +1,7 @@
 """What the endpoints answer, as JSON; no torch here."""
 
+from collections.abc import Container
+from itertools import islice
 from typing import TypedDict
 
 import numpy as np
@@ -42,23 +44,38 @@ class DetectAnswer(TypedDict):
     detections: list[Box]
 
 
-def classify_answer(artifact: Artifact, result: Classification, top_k: int = 5) -> ClassifyAnswer:
-    """Floats are exact: a float32's value as JSON reads back as the same float32."""
-    best = zip(result.indices[:top_k].tolist(), result.probabilities[:top_k].tolist(), strict=True)
+def classify_answer(
+    artifact: Artifact, result: Classification, top_k: int = 5, classes: Container[int] | None = None
+) -> ClassifyAnswer:
+    """Floats are exact: a float32's value as JSON reads back as the same float32.
+
+    Args:
+        classes: indices of those to keep; None keeps all.
+    """
+    ranked = zip(result.indices.tolist(), result.probabilities.tolist(), strict=True)
+    best = islice(((i, p) for i, p in ranked if classes is None or i in classes), top_k)
     predictions: list[ClassScore] = [{"label": artifact.classes[i], "index": i, "score": p} for i, p in best]
     return {"model": artifact.model, "predictions": predictions}
 
 
-def detect_answer(artifact: DetectorArtifact, result: Detections, score_threshold: float | None = None) -> DetectAnswer:
+def detect_answer(
+    artifact: DetectorArtifact,
+    result: Detections,
+    score_threshold: float | None = None,
+    classes: Container[int] | None = None,
+) -> DetectAnswer:
     """Floats are exact: a float32's value as JSON reads back as the same float32.
 
     Args:
         score_threshold: leave out what scores less; None keeps all that the artefact returned.
+        classes: indices of those to keep; None keeps all.
     """
     rows = zip(result.indices.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True)
     detections: list[Box] = []
     for k, (i, score, box) in enumerate(rows):
         if score_threshold is not None and score < score_threshold:
+            continue
+        if classes is not None and i not in classes:
             continue
         found: Box = {
             "label": artifact.classes[i], "category_id": artifact.category_ids[i], "score": score, "box": box

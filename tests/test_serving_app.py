@@ -1,5 +1,6 @@
 """The endpoints on a real Ray Serve, started once: every answer that README promises, good input and bad."""
 
+import base64
 import io
 import os
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import tritonclient.http
 from artifacts import BOXES, COLOURS, write_classifier, write_detector
 from PIL import Image
 
@@ -152,11 +154,8 @@ def test_server_and_model_metadata(started: Started) -> None:
     assert started.http.get("/v2").json()["name"] == "cspnet"
     about = started.http.get("/v2/models/detector").json()
     assert about["name"] == "detector" and about["versions"] == ["1"] and about["platform"] == "onnxruntime_onnx"
-    assert about["inputs"] == [
-        {"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
-        {"name": "sizes", "datatype": "INT64", "shape": [-1, 2]},
-    ]
-    assert {"name": "scores", "datatype": "FP32", "shape": [-1, 2]} in about["outputs"]
+    assert about["inputs"] == [{"name": "images", "datatype": "BYTES", "shape": [-1]}]
+    assert {"name": "scores", "datatype": "FP32", "shape": [-1, -1]} in about["outputs"]
     parameters = about["parameters"]
     assert parameters["task"] == "detection" and parameters["score_threshold"] == 0.5
     assert parameters["classes"] == ["cat", "dog"]
@@ -239,9 +238,74 @@ def _raw(url: str, rest: bytes) -> bytes:
         return connection.recv(4096)
 
 
-def test_415_multipart(started: Started) -> None:
-    response = started.http.post("/v2/models/classifier/classify", files={"image": picture("red")})
-    check_error(response, 415, "send the image itself")
+def test_a_form_and_base64(started: Started) -> None:
+    alone = started.post("classifier/classify", picture("red")).json()
+    form = started.http.post("/v2/models/classifier/classify", files={"image": picture("red")})
+    assert form.json() == alone
+    several = {"images": [base64.b64encode(body).decode() for body in (picture("red"), b"nothing", picture("blue"))]}
+    results = started.http.post("/v2/models/classifier/classify?top_k=1", json=several).json()["results"]
+    assert [entry["name"] for entry in results] == ["images[0]", "images[1]", "images[2]"]
+    assert [entry.get("predictions", [{}])[0].get("label") for entry in results] == ["red", None, "blue"]
+    assert "cannot be decoded" in results[1]["error"]
+    wrong = started.http.post("/v2/models/classifier/classify", json={"img": ""})
+    check_error(wrong, 400, "something else than images")
+
+
+def test_class_filter(started: Started) -> None:
+    found = started.post("detector/detect?classes=cat", picture("red")).json()
+    assert [row["label"] for row in found["detections"]] == ["cat"]
+    ranked = started.post("classifier/classify?classes=blue,0", picture("red")).json()
+    assert [row["label"] for row in ranked["predictions"]] == ["red", "blue"]
+    check_error(started.post("detector/detect?classes=cow", picture("red")), 400, "unknown class 'cow'")
+
+
+def test_an_annotated_picture(started: Started) -> None:
+    response = started.post("detector/detect?annotate=png", picture("green", (60, 40)))
+    assert response.headers["content-type"] == "image/png"
+    with Image.open(io.BytesIO(response.content)) as drawn:
+        assert drawn.size == (60, 40)
+        colours = {colour for _, colour in drawn.convert("RGB").getcolors(4000) or ()}
+    assert RGB["green"] in colours and len(colours) > 2
+    check_error(started.post("detector/detect?annotate=gif", picture("red")), 400, "'gif'", "jpeg, png")
+    check_error(started.post("classifier/classify?annotate=png", picture("red")), 400, "'annotate'")
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_tritonclient(started: Started, binary: bool) -> None:
+    """The Open Inference Protocol's own client, all of what it can ask."""
+    triton = tritonclient.http.InferenceServerClient(started.service.url.removeprefix("http://"))
+    assert triton.is_server_live() and triton.is_server_ready()
+    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data", "model_repository"]
+    assert {model["name"] for model in triton.get_model_repository_index()} == {"classifier", "detector", "slow"}
+    for version in ("", "1"):
+        assert triton.is_model_ready("detector", version)
+        about = triton.get_model_metadata("detector", version)
+        images = tritonclient.http.InferInput("images", [2], "BYTES")
+        images.set_data_from_numpy(np.array([picture("red", (60, 40)), picture("blue", (30, 90))], object))
+        outputs = [tritonclient.http.InferRequestedOutput(o["name"], binary_data=binary) for o in about["outputs"]]
+        found = triton.infer(
+            "detector", [images], version, outputs, request_id="7", parameters={"score_threshold": 0.8}
+        )
+        assert found.get_response()["id"] == "7"
+        np.testing.assert_array_equal(found.as_numpy("num_detections"), [1, 1])
+        for row, body in enumerate((picture("red", (60, 40)), picture("blue", (30, 90)))):
+            (alone,) = started.post("detector/detect?score_threshold=0.8", body).json()["detections"]
+            np.testing.assert_array_equal(found.as_numpy("boxes")[row, 0], np.float32(alone["box"]))
+            assert found.as_numpy("scores")[row, 0] == np.float32(alone["score"])
+    assert not triton.is_model_ready("detector", "2")
+    assert not triton.is_model_ready("nothing")
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(picture("blue", (60, 40)))))])
+    raw = tritonclient.http.InferInput("images", list(pixels.shape), "UINT8")
+    raw.set_data_from_numpy(pixels, binary_data=binary)
+    best = triton.infer("classifier", [raw], parameters={"top_k": 1})
+    assert best.as_numpy("labels").tolist() == [[b"blue"]]
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="element 1 of 2: image cannot be decoded"):
+        broken = tritonclient.http.InferInput("images", [2], "BYTES")
+        broken.set_data_from_numpy(np.array([picture("red"), b"nothing"], object))
+        triton.infer("classifier", [broken])
+    with pytest.raises(tritonclient.utils.InferenceServerException, match="unknown output 'boxs'"):
+        triton.infer("detector", [images], outputs=[tritonclient.http.InferRequestedOutput("boxs")])
+    triton.close()
 
 
 def test_one_bad_image_among_sixteen(started: Started) -> None:
