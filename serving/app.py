@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from PIL import Image
@@ -19,7 +20,7 @@ from ray.serve import Deployment
 from ray.serve.config import BackpressureConfig
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError, decode
@@ -40,6 +41,11 @@ VERSION = oip.VERSION
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
 PICTURES = ("png", "jpeg")  # formats of `annotate`
+PAGE_HEADERS = {  # the page has its own policy; this is what it cannot say itself
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 T = TypeVar("T")
 ENDPOINTS = {"classification": "classify", "detection": "detect"}
 
@@ -215,12 +221,16 @@ class Front:
 
     def __init__(self, tasks: dict[str, str]):
         self.tasks = tasks
+        self.page = Path(__file__).with_name("page.html").read_bytes()
 
     async def __call__(self, request: Request) -> Response:
         return await respond(self._answer, request, STATUS_TIMEOUT_S)
 
     async def _answer(self, request: Request) -> Any:
         path = request.url.path.rstrip("/")
+        if not path:
+            allow(request, "GET", "HEAD")
+            return HTMLResponse(self.page, headers=PAGE_HEADERS)
         if path == "/v2":
             allow(request, "GET", "HEAD")
             return {

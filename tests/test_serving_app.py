@@ -208,10 +208,15 @@ def test_400_names_the_remedy(started: Started, path: str, words: str) -> None:
     check_error(started.post(path, picture("red")), 400, words)
 
 
+def test_the_page(started: Started) -> None:
+    page = started.http.get("/")
+    assert page.headers["content-type"].startswith("text/html") and "<!doctype html>" in page.text[:100].lower()
+    check_error(started.http.post("/"), 405, "use GET, HEAD")
+
+
 def test_404_and_405(started: Started) -> None:
     check_error(started.post("nothing/classify", b"x"), 404, "'nothing'", "classifier, detector, slow")
     check_error(started.post("classifier/segment", b"x"), 404, "'segment'", "classify")
-    check_error(started.http.get("/"), 404)
     check_error(started.http.get("/v2/nothing"), 404)
     wrong = started.http.get("/v2/models/classifier/classify")
     check_error(wrong, 405, "use POST")
