@@ -1,4 +1,4 @@
-"""python -m serving {export,inspect,quantize,run,batch,eval,quickstart}."""
+"""python -m serving {export,inspect,quantize,run,deploy-config,batch,eval,quickstart}."""
 
 import argparse
 import json
@@ -53,6 +53,17 @@ def _run(args: argparse.Namespace) -> None:
     from serving.serve import run
 
     run(load_config(ServingConfig, args.config, args.overrides))
+
+
+def _deploy_config(args: argparse.Namespace) -> None:
+    import yaml
+
+    from backbones.config import load_config
+    from serving.config import ServingConfig
+    from serving.deploy import serve_config
+
+    config = load_config(ServingConfig, args.config, args.overrides)
+    print(yaml.safe_dump(serve_config(config), sort_keys=False), end="")
 
 
 def _batch(args: argparse.Namespace) -> None:
@@ -126,6 +137,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("run", help="serve artefacts on Ray Serve until Ctrl-C")
     add_config_arguments(command)
     command.set_defaults(run=_run)
+
+    command = commands.add_parser("deploy-config", help="the same service for a cluster: what `serve deploy` takes")
+    add_config_arguments(command)
+    command.set_defaults(run=_deploy_config)
 
     command = commands.add_parser("batch", help="predict a folder of images on Ray Data")
     command.add_argument("--model", required=True, metavar="FILE.onnx")

@@ -1,0 +1,74 @@
+"""A service on a Ray cluster: Ray Serve's config for it, and the builders that the config names; no torch here.
+
+`serve deploy` and KubeRay's RayService import a builder on the cluster and give it the application's `args`, which are
+a `ServingConfig` again: what `python -m serving run` starts on one machine is what starts there.
+"""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from ray import serve
+
+from backbones.errors import InputError
+from serving.app import FRONT, build, route_prefix
+from serving.config import ServingConfig
+
+_OF_THE_SERVER = {"host", "port", "start_timeout_s"}  # not of an application
+
+
+def serve_config(config: ServingConfig) -> dict[str, Any]:
+    """What `ray.serve.schema.ServeDeploySchema` takes. Nothing is opened: the artefacts need not be on this machine.
+
+    Raises:
+        InputError: an artefact's path that is not absolute, so that it would depend on the node.
+    """
+    for model in config.models:
+        if not PurePosixPath(model.artifact).is_absolute():
+            raise InputError(
+                f"model {model.name!r}: artifact {model.artifact} must be an absolute path, the same on every node"
+            )
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {
+            "host": config.host,
+            "port": config.port,
+            # A replica answers 408 itself; Ray does for what waits to get there.
+            "request_timeout_s": max(model.timeout_s for model in config.models) + 1,
+        },
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [
+            *(
+                _application(
+                    model.name,
+                    route_prefix(model.name),
+                    "model_application",
+                    config.model_copy(update={"models": (model,)}),
+                )
+                for model in config.models
+            ),
+            _application(FRONT, "/", "front_application", config),
+        ],
+    }
+
+
+def model_application(config: ServingConfig) -> serve.Application:
+    """The application of the one model of `config`.
+
+    Raises:
+        InputError: its artefact is missing or broken.
+    """
+    return build(config)[0].application
+
+
+def front_application(config: ServingConfig) -> serve.Application:
+    """The application in front of all models of `config`.
+
+    Raises:
+        InputError: an artefact is missing or broken.
+    """
+    return build(config)[-1].application
+
+
+def _application(name: str, prefix: str, builder: str, config: ServingConfig) -> dict[str, Any]:
+    args = config.model_dump(mode="json", exclude_defaults=True, exclude=_OF_THE_SERVER)
+    return {"name": name, "route_prefix": prefix, "import_path": f"{__name__}:{builder}", "args": args}
