@@ -12,6 +12,7 @@ from ray import serve
 from backbones.errors import InputError
 from serving.app import FRONT, build, route_prefix
 from serving.config import ServingConfig
+from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE
 
 _OF_THE_SERVER = {"host", "port", "start_timeout_s"}  # not of an application
 
@@ -20,8 +21,10 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
     """What `ray.serve.schema.ServeDeploySchema` takes. Nothing is opened: the artefacts need not be on this machine.
 
     Raises:
-        InputError: an artefact's path that is not absolute, so that it would depend on the node.
+        InputError: an artefact's path that is not absolute, so that it would depend on the node; API keys.
     """
+    if config.api_keys:
+        raise InputError(f"api_keys is a file here: on a cluster set {KEYS_VARIABLE} and {LIMIT_VARIABLE} on each node")
     for model in config.models:
         if not PurePosixPath(model.artifact).is_absolute():
             raise InputError(

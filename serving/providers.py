@@ -5,6 +5,7 @@ onnxruntime itself is imported only where it is asked, for the command line take
 
 import ctypes
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -22,12 +23,18 @@ _DRIVER = "nvcuda.dll" if _WINDOWS else "libcuda.so.1"
 _TENSORRT = "nvinfer_10.dll" if _WINDOWS else "libnvinfer.so.10"
 # TensorRT has no kernel for these, or one whose number of outputs the graph does not expect.
 _NOT_IN_TENSORRT = "NonMaxSuppression,NonZero,RoiAlign"
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time, and in how many
 _CUDA_WHEELS = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: of its affinity, and of its container's share of CPU time, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+        return min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # no control groups here, or "max" as the quota
+        return cores
 
 
 def check_gpu_options(provider: Provider, gpu_mem_limit: int | None, cuda_graphs: bool) -> None:

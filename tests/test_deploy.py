@@ -19,6 +19,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 from artifacts import write_classifier, write_detector
+from kubernetes import client
 from pydantic import BaseModel, ConfigDict, Field
 
 from backbones.config import load_config
@@ -196,7 +197,6 @@ def test_ray_builds_from_the_config_what_a_lone_machine_serves(tmp_path):
 
 
 def test_pods_are_what_kubernetes_knows(service):
-    client = pytest.importorskip("kubernetes.client")
     for group in groups(service):
         client.V1PodTemplateSpec.model_validate(group.template, strict=True)
     broken = json.loads(json.dumps(groups(service)[0].template).replace("readinessProbe", "readynessProbe"))

@@ -191,6 +191,18 @@ def test_a_run_that_fails_is_told_in_a_line(classifier: Path) -> None:
     assert_equal(model.run(images=pixels(1, 8, 8, 3)), one)
 
 
+@pytest.mark.parametrize(("said", "cores"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 3), ("", 3)])
+def test_a_containers_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, cores: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(said)
+    monkeypatch.setattr(providers, "_CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(providers.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert providers.usable_cores() == cores
+    (tmp_path / "cpu.max").unlink()
+    assert providers.usable_cores() == 3
+
+
 @pytest.mark.parametrize("provider", ON_CPU)
 def test_threads_run_at_once(tmp_path: Path, provider: Provider) -> None:
     model = OnnxModel(write_classifier(tmp_path / "m.onnx", work=2), provider, threads=1)
