@@ -7,7 +7,6 @@ from elsewhere, so that the figures can be held side by side.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,9 +29,10 @@ from detection.evaluate import summary as detector_summary
 from detection.spec import canonical_name, is_detector
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batch import File, predict_files
-from serving.client import Client, ServerError
+from serving.calls import ServerError
+from serving.client import Client
 from serving.predictor import Classification, Detections, create_predictor
-from serving.results import Row, read_results
+from serving.results import TOP_K, Row, read_results
 from serving.runtime import OnnxModel, Provider
 from serving.schemas import parse_classify, parse_detect
 
@@ -81,18 +81,24 @@ class EndpointSource:
             self.metadata = client.artifact(self.model)
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
-        with Client(self.url) as client, ThreadPoolExecutor(CONNECTIONS) as pool:
-            yield from pool.map(partial(self._row, client), paths)
+        with Client(self.url) as client:
+            for path, answer in zip(paths, self._answers(client, paths), strict=True):
+                if isinstance(answer, ServerError) and answer.status != 422:
+                    raise answer
+                if isinstance(answer, InputError):  # the server saw the bytes alone, and cannot name the file
+                    yield Row(str(path), None, str(answer))
+                else:
+                    yield Row(str(path), self._parse(answer))
 
-    def _row(self, client: Client, path: Path) -> Row:
-        try:
-            if isinstance(self.metadata, ClassifierArtifact):
-                return Row(str(path), parse_classify(client.classify(self.model, path, top_k=5)))
-            return Row(str(path), parse_detect(client.detect(self.model, path), self.metadata))
-        except ServerError as error:
-            if error.status != 422:
-                raise
-            return Row(str(path), None, str(error))  # it saw the bytes alone, and cannot name the file
+    def _answers(self, client: Client, paths: Sequence[Path]) -> Iterator[Any]:
+        if isinstance(self.metadata, ClassifierArtifact):
+            return client.classify_many(self.model, paths, TOP_K, CONNECTIONS, on_error="return")
+        return client.detect_many(self.model, paths, None, CONNECTIONS, on_error="return")
+
+    def _parse(self, answer: Any) -> Classification | Detections:
+        if isinstance(self.metadata, ClassifierArtifact):
+            return parse_classify(answer)
+        return parse_detect(answer, self.metadata)
 
 
 def _find_model(client: Client, network: str) -> str:

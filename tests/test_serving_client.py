@@ -16,8 +16,9 @@ import pytest
 
 from backbones.errors import InputError
 from backbones.preprocess import ImageError
-from serving import client as client_module
-from serving.client import AsyncClient, Client, ServerError
+from serving import calls
+from serving.calls import ServerError
+from serving.client import AsyncClient, Client
 from serving.schemas import ClassifyAnswer
 
 OK: ClassifyAnswer = {"model": "colours", "predictions": []}
@@ -93,7 +94,7 @@ def scripted() -> type[Script]:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Script]]:
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(calls, "FIRST_WAIT_S", 0.01)
     handler = scripted()
     server = Quiet(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -194,7 +195,7 @@ def test_tries_again(script: Any, connect: Any, trouble: Any) -> None:
 
 
 def test_tries_again_until_the_server_is_there(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "FIRST_WAIT_S", 0.1)
+    monkeypatch.setattr(calls, "FIRST_WAIT_S", 0.1)
     handler = scripted()
     handler.answers = [(200, OK, {})]
     server = Quiet(("127.0.0.1", 0), handler, bind_and_activate=False)
@@ -234,7 +235,7 @@ def test_does_not_wait_in_vain(script: Any, connect: Any) -> None:
 
 def test_waits_grow_with_jitter(script: Any) -> None:
     def waits() -> list[float]:
-        call = client_module._Call(Client(script.url, timeout_s=1000, tries=12))
+        call = calls.Call(script.url, timeout_s=1000, tries=12)
         return [call.wait_after(httpx.Response(503)) or 0 for _ in range(11)]
 
     first, second = waits(), waits()
