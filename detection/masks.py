@@ -5,11 +5,12 @@ torch here, so that checkpoints and artefacts share it.
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pycocotools import mask as rle
+from typing_extensions import TypedDict
 
 from backbones.errors import InputError
 

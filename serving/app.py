@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, Response
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError, decode
 from detection.drawing import COLORS, draw_boxes
-from serving import keys, oip
+from serving import keys, oip, openapi
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
@@ -231,6 +231,10 @@ class Front:
         if not path:
             allow(request, "GET", "HEAD")
             return HTMLResponse(self.page, headers=PAGE_HEADERS)
+        if path in ("/docs", "/openapi.json"):
+            allow(request, "GET", "HEAD")
+            document = openapi.document(version("cspnet"))
+            return HTMLResponse(openapi.page(document), headers=PAGE_HEADERS) if path == "/docs" else document
         if path == "/v2":
             allow(request, "GET", "HEAD")
             return {

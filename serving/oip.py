@@ -29,39 +29,39 @@ _DEFAULT_TOP_K = 5
 _EXAMPLE = '{"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": ["<base64 of a JPEG>"]}]}'
 
 
-class _TensorParameters(BaseModel):
+class TensorParameters(BaseModel):
     binary_data_size: int | None = Field(default=None, ge=0, strict=True)  # bytes of it after the JSON
 
 
-class _Input(BaseModel):
+class InputTensor(BaseModel):
     name: str
     datatype: str
     shape: tuple[int, ...] = Field(max_length=8)
-    parameters: _TensorParameters = _TensorParameters()
+    parameters: TensorParameters = TensorParameters()
     data: JsonValue = None
 
 
-class _OutputParameters(BaseModel):
+class OutputParameters(BaseModel):
     binary_data: bool | None = Field(default=None, strict=True)
 
 
-class _Output(BaseModel):
+class RequestedOutput(BaseModel):
     name: str
-    parameters: _OutputParameters = _OutputParameters()
+    parameters: OutputParameters = OutputParameters()
 
 
-class _Parameters(BaseModel, extra="forbid"):
+class RequestParameters(BaseModel, extra="forbid"):
     binary_data_output: bool = Field(default=False, strict=True)
     top_k: int | None = Field(default=None, ge=1, strict=True)
     score_threshold: float | None = Field(default=None, ge=0, le=1, strict=True)
     classes: str | None = None  # labels or indices to keep, comma-separated: the protocol's parameters are no lists
 
 
-class _Request(BaseModel):
+class Request(BaseModel):
     id: str = ""
-    parameters: _Parameters = _Parameters()
-    inputs: tuple[_Input, ...]
-    outputs: tuple[_Output, ...] = ()
+    parameters: RequestParameters = RequestParameters()
+    inputs: tuple[InputTensor, ...]
+    outputs: tuple[RequestedOutput, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def parse(body: bytes, json_length: str | None, artifact: Artifact) -> InferRequ
     """
     text, tail = _split(body, json_length)
     try:
-        request = _Request.model_validate_json(text)
+        request = Request.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "body"
@@ -187,7 +187,7 @@ def _check_threshold(threshold: float | None, artifact: Artifact) -> None:
         raise InputError(f"score_threshold={threshold:g} is below {least:g}, under which the artefact finds nothing")
 
 
-def _images(given: _Input, tail: bytes) -> tuple[bytes | npt.NDArray[np.uint8], ...]:
+def _images(given: InputTensor, tail: bytes) -> tuple[bytes | npt.NDArray[np.uint8], ...]:
     size, shape = given.parameters.binary_data_size, given.shape
     if (given.data is None) == (size is None):
         raise InputError(f"input {INPUT!r} needs either data or the parameter binary_data_size")

@@ -2,10 +2,9 @@
 
 from collections.abc import Container
 from itertools import islice
-from typing import TypedDict
 
 import numpy as np
-from typing_extensions import NotRequired
+from typing_extensions import NotRequired, TypedDict
 
 from detection.masks import RunLengths
 from serving.artifact import Artifact, DetectorArtifact

@@ -214,6 +214,17 @@ def test_the_page(started: Started) -> None:
     check_error(started.http.post("/"), 405, "use GET, HEAD")
 
 
+def test_openapi_is_of_what_is_there(started: Started) -> None:
+    document = started.http.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            name = "detector" if path.endswith("detect") else "classifier"
+            answer = started.http.request(method, path.format(model=name))
+            assert answer.status_code in (200, 400), (method, path, answer.text)  # POST has an empty body
+            assert str(answer.status_code) in methods[method]["responses"], (method, path)
+    assert "openapi.json" in started.http.get("/docs").text
+
+
 def test_404_and_405(started: Started) -> None:
     check_error(started.post("nothing/classify", b"x"), 404, "'nothing'", "classifier, detector, slow")
     check_error(started.post("classifier/segment", b"x"), 404, "'segment'", "classify")
