@@ -324,7 +324,8 @@ def middlewares() -> list[Middleware]:
 def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:
     deployment = _deployment(ModelReplica).options(
         name=model.name,
-        num_replicas=model.replicas,
+        num_replicas=None if model.autoscaling else model.replicas,
+        autoscaling_config=model.autoscaling.model_dump() if model.autoscaling else None,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,

@@ -8,12 +8,31 @@ from serving.keys import RateLimit
 from serving.providers import ON_GPU, Provider, check_gpu_options
 
 
+class Autoscaling(Section):
+    """How many replicas, by the requests that each has under way or waiting; Ray Serve's names and meanings."""
+
+    min_replicas: int = Field(default=1, ge=0)  # with 0 the first request after a pause waits for a start
+    max_replicas: int = Field(ge=1)
+    target_ongoing_requests: float = Field(default=16, gt=0)  # of each replica: about two batches
+    upscale_delay_s: float = Field(default=10, ge=0)
+    downscale_delay_s: float = Field(default=300, ge=0)
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}: swap or equal them"
+            )
+        return self
+
+
 class ServedModel(Section):
     """One artefact and the replicas that serve it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # the model's name in URLs
     artifact: str
     replicas: int = Field(default=1, ge=1)
+    autoscaling: Autoscaling | None = None  # in place of `replicas`
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)  # of each replica; a fraction shares a GPU
     provider: Provider = "auto"
@@ -38,8 +57,15 @@ class ServedModel(Section):
             raise ValueError(
                 f"provider {self.provider} has no use for num_gpus={self.num_gpus}: ask for cuda, or for 0"
             )
+        if self.autoscaling is not None and "replicas" in self.model_fields_set:
+            raise ValueError("replicas and autoscaling exclude each other: leave one of them out")
         check_gpu_options(self.provider, self.gpu_mem_limit, self.cuda_graphs)
         return self
+
+    @property
+    def max_replicas(self) -> int:
+        """Replicas at the most."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class ServingConfig(Section):

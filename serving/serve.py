@@ -218,9 +218,9 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
         return
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
-    reserved = sum(math.ceil(model.num_cpus) * model.replicas for model in config.models)
+    reserved = sum(math.ceil(model.num_cpus) * model.max_replicas for model in config.models)
     start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
-    wanted = sum(model.num_gpus * model.replicas for model in config.models)
+    wanted = sum(model.num_gpus * model.max_replicas for model in config.models)
     found = ray.cluster_resources().get("GPU", 0)
     if wanted > found:
         raise InputError(f"the models ask for {wanted:g} GPUs and Ray finds {found:g}: lower num_gpus or replicas")
@@ -306,6 +306,8 @@ def _introduce(url: str, config: ServingConfig, say: Callable[[str], object]) ->
     for model in config.models:
         with _http(url, config) as client:
             about = client.get(f"/v2/models/{model.name}").json()["parameters"]
-        say(f"{model.name}: {about['model']}, {about['task']} on {about['provider']}, x{model.replicas}")
+        scale = model.autoscaling
+        replicas = str(model.replicas) if scale is None else f"{scale.min_replicas} to {scale.max_replicas}"
+        say(f"{model.name}: {about['model']}, {about['task']} on {about['provider']}, x{replicas}")
     say(f"serving at {url}; health at {url}/v2/health/ready")
     say(f"try: curl --data-binary @image.jpg {url}{about['endpoint']}")

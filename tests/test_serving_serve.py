@@ -80,6 +80,8 @@ def test_config_file() -> None:
         ({"max_batch_size": 128}, "batches would never fill"),
         ({"provider": "cuda"}, "num_gpus above 0"),
         ({"name": "a/b"}, "pattern"),
+        ({"replicas": 1, "autoscaling": {"max_replicas": 2}}, "replicas and autoscaling exclude each other"),
+        ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas 3 is above max_replicas 2"),
     ],
 )
 def test_values_that_do_not_go_together(values: dict[str, object], words: str) -> None:
