@@ -30,7 +30,7 @@ from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
-from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, number, read_body, read_query, respond
+from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, number, read_body, read_query, refused, respond
 from serving.runtime import OnnxModel, Provider, usable_cores
 from serving.schemas import DetectAnswer, classify_answer, detect_answer
 from serving.uploads import read_upload
@@ -121,7 +121,8 @@ class ModelReplica:
         """Tensors to tensors, several images at once."""
         body = await read_body(request, self.max_body_bytes, "an inference request, as JSON")
         length = request.headers.get(oip.JSON_LENGTH)
-        asked = await self._in_thread(oip.parse, body, length, self.model.metadata)
+        with refused():
+            asked = await self._in_thread(oip.parse, body, length, self.model.metadata)
         prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
         results = await asyncio.gather(*map(self.batches.submit, prepared))
         content, headers = await self._in_thread(oip.render, asked, self.name, self.model.metadata, results)
@@ -202,7 +203,8 @@ class ModelReplica:
 
 
 def _classes(query: Mapping[str, str], metadata: Artifact) -> tuple[int, ...] | None:
-    return oip.class_indices(query["classes"], metadata) if "classes" in query else None
+    with refused():
+        return oip.class_indices(query["classes"], metadata) if "classes" in query else None
 
 
 def draw(image: bytes, answer: DetectAnswer, kind: str) -> Response:

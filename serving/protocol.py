@@ -1,9 +1,10 @@
 """HTTP as the endpoints speak it: images in, JSON out, `{"error": …}` for all that fails; no Ray, no torch here."""
 
 import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -31,6 +32,15 @@ class Refusal(Exception):
         return JSONResponse({"error": self.message}, self.status, self.headers)
 
 
+@contextlib.contextmanager
+def refused() -> Iterator[None]:
+    """What is wrong with the request, as 400: elsewhere an `InputError` is the server's own."""
+    try:
+        yield
+    except InputError as error:
+        raise Refusal(400, str(error)) from None
+
+
 async def respond(handler: Callable[[Request], Awaitable[Any]], request: Request, timeout_s: float) -> Response:
     """What `handler` returns, as JSON unless it is a response; what it raises, as the status that fits."""
     try:
@@ -40,8 +50,6 @@ async def respond(handler: Callable[[Request], Awaitable[Any]], request: Request
         return refusal.response()
     except ImageError as error:
         return Refusal(422, str(error)).response()
-    except InputError as error:
-        return Refusal(400, str(error)).response()
     except asyncio.TimeoutError:
         return Refusal(408, f"no answer within {timeout_s:g} s: {_RAY_SAYS[408].partition(': ')[2]}").response()
     except ClientDisconnect:
