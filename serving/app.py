@@ -29,6 +29,7 @@ from serving import keys, oip, openapi
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
+from serving.metrics import ReplicaMetrics
 from serving.predictor import create_predictor
 from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, number, read_body, read_query, refused, respond
 from serving.runtime import OnnxModel, Provider, usable_cores
@@ -40,6 +41,8 @@ DEFAULT_TOP_K, MAX_TOP_K = 5, 100_000
 VERSION = oip.VERSION
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
+ENDPOINTS = {"classification": "classify", "detection": "detect"}
+ACTIONS = (*ENDPOINTS.values(), "infer", "ready")  # what metrics tell apart
 PICTURES = ("png", "jpeg")  # formats of `annotate`
 PAGE_HEADERS = {  # the page has its own policy; this is what it cannot say itself
     "Cache-Control": "no-cache",
@@ -47,7 +50,6 @@ PAGE_HEADERS = {  # the page has its own policy; this is what it cannot say itse
     "X-Content-Type-Options": "nosniff",
 }
 T = TypeVar("T")
-ENDPOINTS = {"classification": "classify", "detection": "detect"}
 
 
 def route_prefix(name: str) -> str:
@@ -80,12 +82,16 @@ class ModelReplica:
         self.probe = self.predictor.prepare(_blank_image())
         for size in range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}:
             self.predictor.predict([self.probe] * size)
-        self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size)
+        self.metrics = ReplicaMetrics(self.model.provider)
+        self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size, self.metrics.batch)
         await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too
         self.batches_seen = self.batches.batches
 
     async def __call__(self, request: Request) -> Response:
-        return await respond(self._answer, request, self.timeout_s)
+        response = await respond(self._answer, request, self.timeout_s)
+        action = request.url.path.rsplit("/", 1)[-1]
+        self.metrics.answered(action if action in ACTIONS else "other", response.status_code)
+        return response
 
     async def check_health(self) -> None:
         """Images that were answered since the last check prove as much as a probe behind them in the queue."""
@@ -125,12 +131,14 @@ class ModelReplica:
             asked = await self._in_thread(oip.parse, body, length, self.model.metadata)
         prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
         results = await asyncio.gather(*map(self.batches.submit, prepared))
-        content, headers = await self._in_thread(oip.render, asked, self.name, self.model.metadata, results)
+        content, headers = await self._in_thread(
+            self.metrics.call, "encode", oip.render, asked, self.name, self.model.metadata, results
+        )
         return Response(content, headers=headers)
 
     def _prepare(self, asked: oip.InferRequest, i: int) -> Any:
         try:
-            return self.predictor.prepare(asked.images[i])
+            return self.metrics.call("decode", self.predictor.prepare, asked.images[i])
         except ImageError as error:
             raise ImageError(f"element {i} of {len(asked.images)}: {error}") from None
 
@@ -157,9 +165,11 @@ class ModelReplica:
         return {"results": await asyncio.gather(*map(entry, upload.names, upload.images))}
 
     async def _one(self, image: bytes, answer: Callable[[Any], Any]) -> Any:
-        found = await self.batches.submit(await self._in_thread(self.predictor.prepare, image))
-        # Masks are pasted as they are read, which the event loop has no time for.
-        return await self._in_thread(answer, found) if getattr(found, "masks", None) is not None else answer(found)
+        prepared = await self._in_thread(self.metrics.call, "decode", self.predictor.prepare, image)
+        found = await self.batches.submit(prepared)
+        if getattr(found, "masks", None) is None:
+            return self.metrics.call("encode", answer, found)
+        return await self._in_thread(self.metrics.call, "encode", answer, found)  # masks are pasted as they are read
 
     def _read_query(self, request: Request) -> tuple[Callable[[Any], Any], str | None]:
         """What makes an answer of a result, and the format of a picture, if one is to be the answer."""

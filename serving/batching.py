@@ -3,6 +3,7 @@
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -15,6 +16,7 @@ Result = TypeVar("Result")
 class _Entry(Generic[Item, Result]):
     item: Item
     future: asyncio.Future[Result]
+    since: float  # seconds of `time.perf_counter`
 
 
 class BatchQueue(Generic[Item, Result]):
@@ -26,14 +28,22 @@ class BatchQueue(Generic[Item, Result]):
 
     Args:
         run: items to their results, in order.
+        observe: takes what became of a batch, in the thread: seconds that each item waited, seconds that it ran, and
+            how many items wait still.
 
     Attributes:
         batches: how many have been run without an exception.
     """
 
-    def __init__(self, run: Callable[[Sequence[Item]], Sequence[Result]], max_batch_size: int):
+    def __init__(
+        self,
+        run: Callable[[Sequence[Item]], Sequence[Result]],
+        max_batch_size: int,
+        observe: Callable[[Sequence[float], float, int], None] | None = None,
+    ):
         self.batches = 0
         self._run = run
+        self._observe = observe
         self._max_batch_size = max_batch_size
         self._loop = asyncio.get_running_loop()
         self._waiting: queue.SimpleQueue[_Entry[Item, Result] | None] = queue.SimpleQueue()
@@ -45,7 +55,7 @@ class BatchQueue(Generic[Item, Result]):
         dropped if it has not been taken yet.
         """
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.put(_Entry(item, future))
+        self._waiting.put(_Entry(item, future, time.perf_counter()))
         return await future
 
     async def close(self) -> None:
@@ -60,10 +70,14 @@ class BatchQueue(Generic[Item, Result]):
                 continue
             error: BaseException | None = None
             results: Sequence[Result] = ()
+            began = time.perf_counter()
             try:
                 results = self._run([entry.item for entry in entries])
                 assert len(results) == len(entries), f"{len(results)} results for {len(entries)} items"
                 self.batches += 1
+                if self._observe is not None:
+                    waited = [began - entry.since for entry in entries]
+                    self._observe(waited, time.perf_counter() - began, self._waiting.qsize())
             except BaseException as raised:  # the batch's own; the next one starts afresh
                 error = raised
             try:

@@ -292,6 +292,15 @@ def _wait_until_answering(url: str, config: ServingConfig, deadline: float) -> N
             time.sleep(POLL_S)
 
 
+def _metrics_url() -> str:
+    """Of the node that this process is on; each has its own."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    node = next(node for node in ray.nodes() if node["NodeID"] == here)
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+
 def _http(url: str, config: ServingConfig) -> httpx.Client:
     headers = {"x-api-key": next(iter(read_keys(config.api_keys)))} if config.api_keys else {}
     return httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False)
@@ -309,5 +318,5 @@ def _introduce(url: str, config: ServingConfig, say: Callable[[str], object]) ->
         scale = model.autoscaling
         replicas = str(model.replicas) if scale is None else f"{scale.min_replicas} to {scale.max_replicas}"
         say(f"{model.name}: {about['model']}, {about['task']} on {about['provider']}, x{replicas}")
-    say(f"serving at {url}; health at {url}/v2/health/ready")
+    say(f"serving at {url}; health at {url}/v2/health/ready; metrics for Prometheus at {_metrics_url()}")
     say(f"try: curl --data-binary @image.jpg {url}{about['endpoint']}")

@@ -350,3 +350,17 @@ def test_the_health_check_asks_whether_all_models_are_ready(status, code):
         check = command[2].replace("8000", str(server.server_port))
         assert subprocess.run([sys.executable, "-c", check], timeout=30).returncode == code
     assert asked == ["/v2/health/ready"]
+
+
+def test_the_dashboard_shows_what_is_measured():
+    dashboard = json.loads((ROOT / "deploy/grafana.json").read_text())
+    measured = set()
+    for kind, name in re.findall(r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', (ROOT / "serving/metrics.py").read_text()):
+        endings = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}[kind]
+        measured |= {f"ray_{name}{ending}" for ending in endings}
+    shown = {
+        name for panel in dashboard["panels"] for t in panel["targets"] for name in re.findall(r"ray_\w+", t["expr"])
+    }
+    assert shown <= measured
+    for name in ("requests_total", "stage_seconds_bucket", "batch_images_sum", "waiting_images", "replica"):
+        assert f"ray_cspnet_{name}" in shown

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import socket
 import struct
 import threading
@@ -223,6 +224,29 @@ def test_openapi_is_of_what_is_there(started: Started) -> None:
             assert answer.status_code in (200, 400), (method, path, answer.text)  # POST has an empty body
             assert str(answer.status_code) in methods[method]["responses"], (method, path)
     assert "openapi.json" in started.http.get("/docs").text
+
+
+def test_prometheus_reads_what_the_replicas_did(started: Started) -> None:
+    assert started.post("detector/detect", picture("red")).status_code == 200
+    assert started.post("detector/detect", b"nothing").status_code == 422
+    (url,) = re.findall(r"Prometheus at (\S+)", "\n".join(started.lines))
+    wanted = [
+        r'ray_cspnet_requests_total{.*action="detect".*code="200".*} [1-9]',
+        r'ray_cspnet_requests_total{.*action="detect".*code="422".*} [1-9]',
+        *(
+            rf'ray_cspnet_stage_seconds_count{{.*stage="{stage}".*}} [1-9]'
+            for stage in ("decode", "queue", "run", "encode")
+        ),
+        r"ray_cspnet_batch_images_count{.*} [1-9]",
+        r"ray_cspnet_waiting_images{.*} 0",
+        r'ray_cspnet_replica{.*provider="CPUExecutionProvider".*} 1',
+    ]
+    deadline = time.monotonic() + 60
+    while wanted:
+        said = httpx.get(url, trust_env=False).text
+        wanted = [pattern for pattern in wanted if not re.search(pattern, said)]
+        assert time.monotonic() < deadline, wanted
+        time.sleep(1)
 
 
 def test_404_and_405(started: Started) -> None:

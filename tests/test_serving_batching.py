@@ -54,6 +54,26 @@ def test_idle_runs_one_at_once_and_busy_fills_the_next_batch() -> None:
     asyncio.run(scenario())
 
 
+def test_each_batch_is_observed() -> None:
+    async def scenario() -> None:
+        seen: list[tuple[int, bool, bool, int]] = []
+        gate = Gate()
+
+        def observe(waited_s: Sequence[float], run_s: float, waiting: int) -> None:
+            seen.append((len(waited_s), min(waited_s) >= 0, run_s > 0, waiting))
+
+        batches = BatchQueue(gate.run, max_batch_size=2, observe=observe)
+        first = await _submit(batches, 1)
+        await gate.wait_entered()
+        rest = await _submit(batches, 2, 3, 4)
+        gate.open(3)
+        await asyncio.gather(*first, *rest)
+        await batches.close()
+        assert seen == [(1, True, True, 3), (2, True, True, 1), (1, True, True, 0)]
+
+    asyncio.run(scenario())
+
+
 def test_exception_fails_its_own_batch_only() -> None:
     async def scenario() -> None:
         gate = Gate()

@@ -1,0 +1,66 @@
+"""What a replica counts and times, as Ray's metrics, which Prometheus reads from each node; no torch here.
+
+Ray puts `ray_` before a name and tells deployment, replica and application in its tags.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+Stage = Literal["decode", "queue", "run", "encode"]  # bytes to pixels; for a batch's turn; the batch; results to bytes
+T = TypeVar("T")
+_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+_IMAGES = [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+class ReplicaMetrics:
+    """The metrics of one replica. Threads may share it.
+
+    Args:
+        provider: on which its session runs.
+    """
+
+    def __init__(self, provider: str) -> None:
+        self._requests = Counter(
+            "cspnet_requests", "Requests that were answered, by action and HTTP status", ("action", "code")
+        )
+        self._stages = Histogram(
+            "cspnet_stage_seconds", "Seconds of an image in a stage; run is a batch's", _SECONDS, ("stage",)
+        )
+        self._batches = Histogram("cspnet_batch_images", "Images of a batch", _IMAGES)
+        self._waiting = Gauge("cspnet_waiting_images", "Images that wait for a batch as one begins")
+        self._replica = Gauge("cspnet_replica", "1, by provider", ("provider",))
+        self._replica.set(1, {"provider": provider})
+
+    def answered(self, action: str, status: int) -> None:
+        """A request, whatever its answer."""
+        self._requests.inc(1, {"action": action, "code": str(status)})
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """The seconds of the block, unless it fails."""
+        began = time.perf_counter()
+        yield
+        self._stages.observe(time.perf_counter() - began, {"stage": stage})
+
+    def call(self, stage: Stage, work: Callable[..., T], *args: object) -> T:
+        """What `work` returns, timed."""
+        with self.timed(stage):
+            return work(*args)
+
+    def batch(self, waited_s: Sequence[float], run_s: float, waiting: int) -> None:
+        """A batch that was run.
+
+        Args:
+            waited_s: seconds of each of its images before it.
+            run_s: seconds of the batch.
+            waiting: images left for the next.
+        """
+        self._batches.observe(len(waited_s))
+        self._waiting.set(waiting)
+        self._stages.observe(run_s, {"stage": "run"})
+        for seconds in waited_s:
+            self._stages.observe(seconds, {"stage": "queue"})
