@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from backbones.errors import InputError
+from serving.client import Client
 from serving.config import ServingConfig
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, read_keys
 from serving.ray_start import start_ray
@@ -279,7 +280,9 @@ def _reason(messages: Sequence[str]) -> str:
 def _wait_until_answering(url: str, config: ServingConfig, deadline: float) -> None:
     """The ingress learns its routes a moment after the replicas are ready."""
     paths = ["/v2/health/ready", *(f"/v2/models/{model.name}" for model in config.models)]
-    with _http(url, config) as client:
+    key = _key(config)
+    headers = {"X-API-Key": key} if key else {}
+    with httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False) as client:
         while paths:
             try:
                 if client.get(paths[0]).status_code == 200:
@@ -301,9 +304,8 @@ def _metrics_url() -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def _http(url: str, config: ServingConfig) -> httpx.Client:
-    headers = {"x-api-key": next(iter(read_keys(config.api_keys)))} if config.api_keys else {}
-    return httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False)
+def _key(config: ServingConfig) -> str | None:
+    return next(iter(read_keys(config.api_keys))) if config.api_keys else None
 
 
 def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
@@ -312,9 +314,10 @@ def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
 
 
 def _introduce(url: str, config: ServingConfig, say: Callable[[str], object]) -> None:
+    with Client(url, api_key=_key(config)) as client:
+        described = {model.name: client.metadata(model.name)["parameters"] for model in config.models}
     for model in config.models:
-        with _http(url, config) as client:
-            about = client.get(f"/v2/models/{model.name}").json()["parameters"]
+        about = described[model.name]
         scale = model.autoscaling
         replicas = str(model.replicas) if scale is None else f"{scale.min_replicas} to {scale.max_replicas}"
         say(f"{model.name}: {about['model']}, {about['task']} on {about['provider']}, x{replicas}")

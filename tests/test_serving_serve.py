@@ -1,17 +1,21 @@
-"""A service that cannot start says why in one line, and starts nothing."""
+"""A service that cannot start says why in one line, and starts nothing; one with API keys asks for them."""
 
+import io
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from artifacts import write_classifier
+from PIL import Image
 from pydantic import ValidationError
 
 from backbones.config import load_config
 from backbones.errors import InputError
+from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.serve import _reason, start
 
@@ -31,7 +35,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _flags() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
+    return {name: value for name, value in os.environ.items() if name.startswith(("RAY_SERVE_", "CSPNET_"))}
 
 
 def _fails(artifact: Path, port: int = 0) -> str:
@@ -87,3 +91,31 @@ def test_config_file() -> None:
 def test_values_that_do_not_go_together(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ServedModel.model_validate({"name": "a", "artifact": "a.onnx", **values})
+
+
+@pytest.mark.slow
+def test_a_service_that_asks_for_keys(tmp_path: Path) -> None:
+    keys, key = tmp_path / "keys.txt", "not-to-be-guessed"
+    keys.write_text(f"tester:{key}\n")
+    keys.chmod(0o600)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(buffer, "PNG")
+    model = ServedModel(name="model", artifact=str(write_classifier(tmp_path / "m.onnx")))
+    config = ServingConfig(port=0, models=(model,), api_keys=str(keys), rate_limit="2/4")
+    with start(config, lambda _: None) as service, httpx.Client(base_url=service.url, trust_env=False) as http:
+        assert http.get("/").status_code == http.get("/v2/health/ready").status_code == 200
+        for headers in ({}, {"X-API-Key": "not-the-right-one"}):
+            refused = http.post("/v2/models/model/classify", content=buffer.getvalue(), headers=headers)
+            assert refused.status_code == 401 and "API key" in refused.json()["error"]
+        with Client(service.url, api_key=key) as client:  # waits as it is told to
+            answers = list(client.classify_many("model", [buffer.getvalue()] * 8))
+        assert {answer["predictions"][0]["label"] for answer in answers} == {"red"}
+        answers_after = [http.get("/v2/models/model", headers={"X-API-Key": key}) for _ in range(12)]
+        limited = [answer for answer in answers_after if answer.status_code == 429]
+        assert limited and limited[0].headers["retry-after"] == "1"
+
+
+def test_keys_that_are_not_there_are_told_before_ray_starts(tmp_path: Path) -> None:
+    model = ServedModel(name="model", artifact=str(write_classifier(tmp_path / "m.onnx")))
+    with pytest.raises(InputError, match="cannot read the API keys in"):
+        start(ServingConfig(port=0, models=(model,), api_keys=str(tmp_path / "none.txt")))
