@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 STOP_TIMEOUT_S = 8.0
+LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
 # Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
 # user's environment says goes first.
@@ -153,7 +154,7 @@ def _stop(names: Sequence[str] | None) -> None:
     from ray.exceptions import RayError
 
     def end() -> None:
-        with contextlib.suppress(RayError):  # a controller that never came up
+        with contextlib.suppress(RayError, SystemExit):  # a controller that never came up; or Ray, shut down meanwhile
             if names is None:
                 serve.shutdown()
             for name in names or ():
@@ -217,6 +218,9 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
     if not local:
         start_ray()
         return
+    socket_path = os.environ.get("RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH", "")
+    if len(socket_path) > LONGEST_SOCKET:
+        raise InputError(f"{socket_path} is too long for HAProxy's socket: set TMPDIR to a shorter path, such as /tmp")
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
     reserved = sum(math.ceil(model.num_cpus) * model.max_replicas for model in config.models)

@@ -17,7 +17,7 @@ from backbones.config import load_config
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
-from serving.serve import _reason, start
+from serving.serve import _has_haproxy, _reason, start
 
 CONFIG = Path(__file__).parent.parent / "configs/serving/local.yaml"
 
@@ -94,7 +94,8 @@ def test_values_that_do_not_go_together(values: dict[str, object], words: str) -
 
 
 @pytest.mark.slow
-def test_a_service_that_asks_for_keys(tmp_path: Path) -> None:
+def test_a_service_that_asks_for_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)  # a short one, for sockets
     keys, key = tmp_path / "keys.txt", "not-to-be-guessed"
     keys.write_text(f"tester:{key}\n")
     keys.chmod(0o600)
@@ -119,3 +120,12 @@ def test_keys_that_are_not_there_are_told_before_ray_starts(tmp_path: Path) -> N
     model = ServedModel(name="model", artifact=str(write_classifier(tmp_path / "m.onnx")))
     with pytest.raises(InputError, match="cannot read the API keys in"):
         start(ServingConfig(port=0, models=(model,), api_keys=str(tmp_path / "none.txt")))
+
+
+@pytest.mark.skipif(not _has_haproxy(), reason="no HAProxy")
+def test_a_path_too_long_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scratch" / ("x" * 80)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch" / ("x" * 80)))
+    with pytest.raises(InputError, match="set TMPDIR"):
+        start(ServingConfig(port=0, models=(ServedModel(name="a", artifact=str(write_classifier(tmp_path / "a"))),)))
+    (tmp_path / "scratch" / ("x" * 80)).rmdir()
