@@ -12,8 +12,8 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 
 Stage = Literal["decode", "queue", "run", "encode"]  # bytes to pixels; for a batch's turn; the batch; results to bytes
 T = TypeVar("T")
-_SECONDS = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-_IMAGES = [1, 2, 4, 8, 16, 32, 64, 128]
+_SECONDS: list[float] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+_IMAGES: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
 class ReplicaMetrics:
