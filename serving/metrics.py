@@ -6,7 +6,7 @@ Ray puts `ray_` before a name and tells deployment, replica and application in i
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -24,9 +24,8 @@ class ReplicaMetrics:
     """
 
     def __init__(self, provider: str) -> None:
-        self._requests = Counter(
-            "cspnet_requests", "Requests that were answered, by action and HTTP status", ("action", "code")
-        )
+        tags: Any = ("action", "code")  # Ray's annotation allows for one
+        self._requests = Counter("cspnet_requests", "Requests that were answered, by action and HTTP status", tags)
         self._stages = Histogram(
             "cspnet_stage_seconds", "Seconds of an image in a stage; run is a batch's", _SECONDS, ("stage",)
         )
