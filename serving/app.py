@@ -33,12 +33,11 @@ from serving.metrics import ReplicaMetrics
 from serving.predictor import create_predictor
 from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, number, read_body, read_query, refused, respond
 from serving.runtime import OnnxModel, Provider, usable_cores
-from serving.schemas import DetectAnswer, classify_answer, detect_answer
+from serving.schemas import DEFAULT_TOP_K, DetectAnswer, class_indices, classify_answer, detect_answer
 from serving.uploads import read_upload
 
 FRONT = "_front"  # no model's name, which starts with a letter or digit
-DEFAULT_TOP_K, MAX_TOP_K = 5, 100_000
-VERSION = oip.VERSION
+MAX_TOP_K = 100_000
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
 ENDPOINTS = {"classification": "classify", "detection": "detect"}
@@ -104,8 +103,8 @@ class ModelReplica:
         action = request.url.path.removeprefix(path).strip("/")
         if action == "versions" or action.startswith("versions/"):
             asked, _, action = action.removeprefix("versions").strip("/").partition("/")
-            if asked != VERSION:
-                raise Refusal(404, f"no version {asked!r} of {self.name!r} here: there is {VERSION}")
+            if asked != oip.VERSION:
+                raise Refusal(404, f"no version {asked!r} of {self.name!r} here: there is {oip.VERSION}")
         if not action:
             allow(request, "GET", "HEAD")
             return self._describe()
@@ -191,7 +190,7 @@ class ModelReplica:
         metadata = self.model.metadata
         return {
             "name": self.name,
-            "versions": [VERSION],
+            "versions": [oip.VERSION],
             "platform": "onnxruntime_onnx",
             "inputs": [{"name": oip.INPUT, "datatype": "BYTES", "shape": [-1]}],  # or UINT8 [-1, -1, -1, 3]
             "outputs": [
@@ -214,7 +213,7 @@ class ModelReplica:
 
 def _classes(query: Mapping[str, str], metadata: Artifact) -> tuple[int, ...] | None:
     with refused():
-        return oip.class_indices(query["classes"], metadata) if "classes" in query else None
+        return class_indices(query["classes"], metadata) if "classes" in query else None
 
 
 def draw(image: bytes, answer: DetectAnswer, kind: str) -> Response:
@@ -234,6 +233,7 @@ class Front:
     def __init__(self, tasks: dict[str, str]):
         self.tasks = tasks
         self.page = Path(__file__).with_name("page.html").read_bytes()
+        self.document = openapi.document(version("cspnet"))
 
     async def __call__(self, request: Request) -> Response:
         return await respond(self._answer, request, STATUS_TIMEOUT_S)
@@ -245,8 +245,9 @@ class Front:
             return HTMLResponse(self.page, headers=PAGE_HEADERS)
         if path in ("/docs", "/openapi.json"):
             allow(request, "GET", "HEAD")
-            document = openapi.document(version("cspnet"))
-            return HTMLResponse(openapi.page(document), headers=PAGE_HEADERS) if path == "/docs" else document
+            if path == "/docs":
+                return HTMLResponse(openapi.page(self.document), headers=PAGE_HEADERS)
+            return self.document
         if path == "/v2":
             allow(request, "GET", "HEAD")
             return {
@@ -277,7 +278,7 @@ class Front:
         return [
             {
                 "name": name,
-                "version": VERSION,
+                "version": oip.VERSION,
                 "state": "READY" if states.get(name) == "RUNNING" else "UNAVAILABLE",
                 "reason": "" if states.get(name) == "RUNNING" else states.get(name, "NOT_STARTED"),
                 "task": task,

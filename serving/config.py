@@ -88,6 +88,11 @@ class ServingConfig(Section):
             raise ValueError(f"two models are named {twice.pop()!r}: give each its own name")
         return models
 
+    @property
+    def request_timeout_s(self) -> float:
+        """Ray's own, for what waits to get to a replica, which answers 408 itself a second sooner."""
+        return max(model.timeout_s for model in self.models) + 1
+
     @field_validator("rate_limit")
     @classmethod
     def _limit_is_one(cls, limit: str | None) -> str | None:

@@ -10,9 +10,9 @@ from typing import Any
 from ray import serve
 
 from backbones.errors import InputError
+from serving import keys
 from serving.app import FRONT, build, route_prefix
 from serving.config import ServingConfig
-from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE
 
 _OF_THE_SERVER = {"host", "port", "start_timeout_s"}  # not of an application
 
@@ -24,7 +24,7 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
         InputError: an artefact's path that is not absolute, so that it would depend on the node; API keys.
     """
     if config.api_keys:
-        raise InputError(f"api_keys is a file here: on a cluster set {KEYS_VARIABLE} and {LIMIT_VARIABLE} on each node")
+        raise keys.not_on_a_cluster()
     for model in config.models:
         if not PurePosixPath(model.artifact).is_absolute():
             raise InputError(
@@ -35,8 +35,7 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
         "http_options": {
             "host": config.host,
             "port": config.port,
-            # A replica answers 408 itself; Ray does for what waits to get there.
-            "request_timeout_s": max(model.timeout_s for model in config.models) + 1,
+            "request_timeout_s": config.request_timeout_s,
         },
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [

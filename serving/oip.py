@@ -19,13 +19,13 @@ from pydantic import BaseModel, Field, JsonValue, ValidationError
 from backbones.errors import InputError, unknown
 from serving.artifact import Artifact, DetectorArtifact
 from serving.predictor import Classification, Detections
+from serving.schemas import DEFAULT_TOP_K, class_indices, kept
 
 JSON_LENGTH = "Inference-Header-Content-Length"  # the header with the JSON's length, in bytes, where tensors follow it
 INPUT = "images"
 VERSION = "1"  # of every model: the protocol has no word for an artefact's hash
 MAX_IMAGES = 64  # of a request
 Tensor: TypeAlias = npt.NDArray[Any]
-_DEFAULT_TOP_K = 5
 _EXAMPLE = '{"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": ["<base64 of a JPEG>"]}]}'
 
 
@@ -152,23 +152,6 @@ def render(
     return text + bytes(tail), {"content-type": "application/octet-stream", JSON_LENGTH: str(len(text))}
 
 
-def class_indices(text: str, artifact: Artifact) -> tuple[int, ...]:
-    """Labels or indices, comma-separated, as indices into the artefact's classes.
-
-    Raises:
-        InputError: no such class.
-    """
-    found = []
-    for part in map(str.strip, text.split(",")):
-        if part in artifact.classes:
-            found.append(artifact.classes.index(part))
-        elif part.isdecimal() and int(part) < len(artifact.classes):
-            found.append(int(part))
-        else:
-            raise unknown("class", part, artifact.classes)
-    return tuple(found)
-
-
 def _split(body: bytes, json_length: str | None) -> tuple[bytes, bytes]:
     if json_length is None:
         return body, b""
@@ -251,25 +234,20 @@ def _from_numbers(data: JsonValue) -> npt.NDArray[np.uint8]:
 def _choose(result: Classification | Detections, request: InferRequest, artifact: Artifact) -> dict[str, Tensor]:
     """An image's tensors: what the request keeps of its result."""
     scores = result.probabilities if isinstance(result, Classification) else result.scores
-    keep = np.ones(len(scores), bool)
-    if request.classes is not None:
-        keep &= np.isin(result.indices, request.classes)
-    if request.score_threshold is not None:
-        keep &= scores >= request.score_threshold
-    top_k = request.top_k or (_DEFAULT_TOP_K if isinstance(result, Classification) else None)
-    kept = np.flatnonzero(keep)[:top_k]
-    indices = result.indices[kept]
+    top_k = request.top_k or (DEFAULT_TOP_K if isinstance(result, Classification) else None)
+    best = kept(result.indices, scores, top_k, request.score_threshold, request.classes)
+    indices = result.indices[best]
     tensors: dict[str, Tensor] = {
-        "scores": scores[kept],
+        "scores": scores[best],
         "labels": np.array([artifact.classes[i] for i in indices], object),
     }
     if isinstance(result, Classification):
         return tensors | {"indices": indices}
     assert isinstance(artifact, DetectorArtifact)
     return tensors | {
-        "boxes": result.boxes[kept],
+        "boxes": result.boxes[best],
         "category_ids": np.array([artifact.category_ids[i] for i in indices], np.int64),
-        "num_detections": np.array(len(kept), np.int64),
+        "num_detections": np.array(len(best), np.int64),
     }
 
 

@@ -231,9 +231,10 @@ def _grouped(items: Iterable[T], key: Callable[[T], object], size: int) -> Itera
     """Items of one key, `size` at a time; the last of each key may be fewer."""
     waiting: dict[object, list[T]] = defaultdict(list)
     for item in items:
-        waiting[key(item)].append(item)
-        if len(waiting[key(item)]) == size:
-            yield waiting.pop(key(item))
+        name = key(item)
+        waiting[name].append(item)
+        if len(waiting[name]) == size:
+            yield waiting.pop(name)
     yield from waiting.values()
 
 

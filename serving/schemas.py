@@ -1,14 +1,17 @@
 """What the endpoints answer, as JSON; no torch here."""
 
-from collections.abc import Container
-from itertools import islice
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from typing_extensions import NotRequired, TypedDict
 
+from backbones.errors import unknown
 from detection.masks import RunLengths
 from serving.artifact import Artifact, DetectorArtifact
 from serving.predictor import Classification, Detections
+
+DEFAULT_TOP_K = 5  # classes of an answer
 
 
 class ClassScore(TypedDict):
@@ -43,17 +46,55 @@ class DetectAnswer(TypedDict):
     detections: list[Box]
 
 
+def class_indices(text: str, artifact: Artifact) -> tuple[int, ...]:
+    """Labels or indices, comma-separated, as indices into the artefact's classes.
+
+    Raises:
+        InputError: no such class.
+    """
+    found = []
+    for part in map(str.strip, text.split(",")):
+        if part in artifact.classes:
+            found.append(artifact.classes.index(part))
+        elif part.isdecimal() and int(part) < len(artifact.classes):
+            found.append(int(part))
+        else:
+            raise unknown("class", part, artifact.classes)
+    return tuple(found)
+
+
+def kept(
+    indices: npt.NDArray[np.int64],
+    scores: npt.NDArray[np.float32],
+    top_k: int | None = None,
+    score_threshold: float | None = None,
+    classes: Sequence[int] | None = None,
+) -> npt.NDArray[np.intp]:
+    """Positions of the classes or detections that an answer keeps, best first as they are given.
+
+    Args:
+        score_threshold: compared exactly, a float32's value with a float64's.
+        classes: indices of those to keep; None keeps all.
+    """
+    wanted = np.ones(len(scores), bool)
+    if classes is not None:
+        wanted &= np.isin(indices, classes)
+    if score_threshold is not None:
+        wanted &= scores.astype(np.float64) >= score_threshold
+    return np.flatnonzero(wanted)[:top_k]
+
+
 def classify_answer(
-    artifact: Artifact, result: Classification, top_k: int = 5, classes: Container[int] | None = None
+    artifact: Artifact, result: Classification, top_k: int = DEFAULT_TOP_K, classes: Sequence[int] | None = None
 ) -> ClassifyAnswer:
     """Floats are exact: a float32's value as JSON reads back as the same float32.
 
     Args:
         classes: indices of those to keep; None keeps all.
     """
-    ranked = zip(result.indices.tolist(), result.probabilities.tolist(), strict=True)
-    best = islice(((i, p) for i, p in ranked if classes is None or i in classes), top_k)
-    predictions: list[ClassScore] = [{"label": artifact.classes[i], "index": i, "score": p} for i, p in best]
+    best = kept(result.indices, result.probabilities, top_k, classes=classes)
+    rows = zip(result.indices[best].tolist(), result.probabilities[best].tolist(), strict=True)
+    predictions: list[ClassScore] = [{"label": artifact.classes[i], "index": i, "score": p} for i, p in rows]
     return {"model": artifact.model, "predictions": predictions}
 
 
@@ -61,7 +102,7 @@ def detect_answer(
     artifact: DetectorArtifact,
     result: Detections,
     score_threshold: float | None = None,
-    classes: Container[int] | None = None,
+    classes: Sequence[int] | None = None,
 ) -> DetectAnswer:
     """Floats are exact: a float32's value as JSON reads back as the same float32.
 
@@ -69,13 +110,10 @@ def detect_answer(
         score_threshold: leave out what scores less; None keeps all that the artefact returned.
         classes: indices of those to keep; None keeps all.
     """
-    rows = zip(result.indices.tolist(), result.scores.tolist(), result.boxes.tolist(), strict=True)
+    best = kept(result.indices, result.scores, score_threshold=score_threshold, classes=classes)
+    rows = (values[best].tolist() for values in (result.indices, result.scores, result.boxes))
     detections: list[Box] = []
-    for k, (i, score, box) in enumerate(rows):
-        if score_threshold is not None and score < score_threshold:
-            continue
-        if classes is not None and i not in classes:
-            continue
+    for k, i, score, box in zip(best.tolist(), *rows, strict=True):
         found: Box = {
             "label": artifact.classes[i], "category_id": artifact.category_ids[i], "score": score, "box": box
         }  # fmt: skip

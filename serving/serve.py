@@ -24,7 +24,7 @@ import httpx
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServingConfig
-from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, read_keys
+from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, not_on_a_cluster, read_keys
 from serving.ray_start import start_ray
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     config = config.model_copy(update={"models": models, "port": port})
     local = "RAY_ADDRESS" not in os.environ
     if config.api_keys and not local:
-        raise InputError(f"api_keys is a file here: on a cluster set {KEYS_VARIABLE} and {LIMIT_VARIABLE} on each node")
+        raise not_on_a_cluster()
+    # Here, since a process of Ray's would not tell of a mistake in the file.
+    key = next(iter(read_keys(config.api_keys))) if config.api_keys else None
     with contextlib.ExitStack() as undo:
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
@@ -141,9 +143,9 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         _wait_until_running(names, config, deadline)
         host = f"[{config.host}]" if ":" in config.host else config.host
         url = f"http://{host}:{port}"
-        _wait_until_answering(url, config, deadline)
+        _wait_until_answering(url, key, config, deadline)
         say(f"ready after {time.monotonic() - began:.0f} s")
-        _introduce(url, config, say)
+        _introduce(url, key, config, say)
         return RunningService(url, undo.pop_all())
 
 
@@ -203,7 +205,6 @@ def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
 def _key_flags(config: ServingConfig) -> dict[str, str]:
     if config.api_keys is None:
         return {}
-    read_keys(config.api_keys)  # a mistake in it is told here, not in a process of Ray's
     flags = {KEYS_VARIABLE: str(Path(config.api_keys).resolve())}
     return flags | ({LIMIT_VARIABLE: config.rate_limit} if config.rate_limit else {})
 
@@ -238,9 +239,7 @@ def _deploy(config: ServingConfig, applications: Sequence["ServedApplication"]) 
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    # A replica answers 408 itself; Ray does for what waits to get there.
-    timeout_s = max(model.timeout_s for model in config.models) + 1
-    options = {"host": config.host, "port": config.port, "request_timeout_s": timeout_s}
+    options = {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s}
     try:
         serve.start(http_options=options, logging_config=quiet)
     except (RayError, TimeoutError) as error:
@@ -281,10 +280,9 @@ def _reason(messages: Sequence[str]) -> str:
     return ours[-1] if ours else lines[-1] if lines else "Ray says no more; its logs are in /tmp/ray"
 
 
-def _wait_until_answering(url: str, config: ServingConfig, deadline: float) -> None:
+def _wait_until_answering(url: str, key: str | None, config: ServingConfig, deadline: float) -> None:
     """The ingress learns its routes a moment after the replicas are ready."""
     paths = ["/v2/health/ready", *(f"/v2/models/{model.name}" for model in config.models)]
-    key = _key(config)
     headers = {"X-API-Key": key} if key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False) as client:
         while paths:
@@ -308,17 +306,13 @@ def _metrics_url() -> str:
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
-def _key(config: ServingConfig) -> str | None:
-    return next(iter(read_keys(config.api_keys))) if config.api_keys else None
-
-
 def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
     names = ", ".join(waiting)
     return InputError(f"{names} not ready within {config.start_timeout_s:g} s: raise start_timeout_s, or see /tmp/ray")
 
 
-def _introduce(url: str, config: ServingConfig, say: Callable[[str], object]) -> None:
-    with Client(url, api_key=_key(config)) as client:
+def _introduce(url: str, key: str | None, config: ServingConfig, say: Callable[[str], object]) -> None:
+    with Client(url, api_key=key) as client:
         described = {model.name: client.metadata(model.name)["parameters"] for model in config.models}
     for model in config.models:
         about = described[model.name]

@@ -3,17 +3,20 @@
 Shapes: N images, H, W pixels, C classes, K boxes.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess, canvases
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, write_artifact
 
 COLOURS = ("red", "green", "blue")
+RGB = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 BOXES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.5, 1.0))  # of the image's width and height
 SCORES = (0.9, 0.6)
 LABELS = (2, 1)
@@ -27,6 +30,13 @@ _COMMON: dict[str, Any] = {
     "versions": {},
     "parity": Parity(batch_sizes=(1, 2), images=3, largest={}),
 }
+
+
+def picture(colour: str, size: tuple[int, int] = (60, 40), kind: str = "PNG") -> bytes:
+    """An encoded picture of one colour."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, RGB[colour]).save(buffer, kind)
+    return buffer.getvalue()
 
 
 def write_classifier(path: Path, work: int = 0, crop: int = 32) -> Path:

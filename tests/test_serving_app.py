@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http
-from artifacts import BOXES, COLOURS, write_classifier, write_detector
+from artifacts import BOXES, COLOURS, RGB, picture, write_classifier, write_detector
 from PIL import Image
 
 from serving.client import Client
@@ -29,7 +29,6 @@ from serving.serve import RunningService, start
 
 MAX_BODY = 300_000
 SLOW_TIMEOUT_S = 0.4
-RGB = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
 
 @dataclass
@@ -77,12 +76,6 @@ def _write_slow(path: Path) -> Path:
     predictor.predict([prepared])  # type: ignore[list-item]
     each = (time.perf_counter() - began) / trial
     return write_classifier(path, work=int(4 * SLOW_TIMEOUT_S / each))
-
-
-def picture(colour: str, size: tuple[int, int] = (60, 40), kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, RGB[colour]).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def huge_png() -> bytes:

@@ -10,8 +10,9 @@ from artifacts import write_classifier, write_detector
 
 from backbones.errors import InputError
 from serving import oip
-from serving.artifact import Artifact, read_artifact
+from serving.artifact import Artifact, DetectorArtifact, read_artifact
 from serving.predictor import Classification, Detections
+from serving.schemas import detect_answer
 
 JPEG = b"\xff\xd8 not decoded here"
 PIXELS = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
@@ -80,6 +81,15 @@ def test_top_k_and_class_filter(classifier: Artifact, detector: Artifact) -> Non
         found = values(answer(parse(detector, encoded(JPEG), parameters=parameters), detector, FOUND))
         np.testing.assert_allclose(found["scores"], [scores])
         assert found["num_detections"] == [1]
+
+
+def test_a_threshold_keeps_what_detect_keeps(detector: Artifact) -> None:
+    """0.7 as a float32 is below 0.7."""
+    scores = np.array([0.9, 0.7], np.float32)
+    found = Detections(FOUND.boxes, scores, FOUND.indices, FOUND.size)
+    tensors = values(answer(parse(detector, encoded(JPEG), parameters={"score_threshold": 0.7}), detector, found))
+    assert isinstance(detector, DetectorArtifact)
+    assert len(detect_answer(detector, found, score_threshold=0.7)["detections"]) == tensors["num_detections"][0] == 1
 
 
 def test_detections_of_several_images_are_padded(detector: Artifact) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from artifacts import write_classifier
+from artifacts import picture, write_classifier
 from ray import serve
-from test_serving_app import picture
 
 from serving.config import Autoscaling, ServedModel, ServingConfig
 from serving.serve import start

@@ -1,6 +1,5 @@
 """A service that cannot start says why in one line, and starts nothing; one with API keys asks for them."""
 
-import io
 import os
 import socket
 import tempfile
@@ -9,8 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from artifacts import write_classifier
-from PIL import Image
+from artifacts import picture, write_classifier
 from pydantic import ValidationError
 
 from backbones.config import load_config
@@ -99,17 +97,15 @@ def test_a_service_that_asks_for_keys(tmp_path: Path, monkeypatch: pytest.Monkey
     keys, key = tmp_path / "keys.txt", "not-to-be-guessed"
     keys.write_text(f"tester:{key}\n")
     keys.chmod(0o600)
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), "red").save(buffer, "PNG")
     model = ServedModel(name="model", artifact=str(write_classifier(tmp_path / "m.onnx")))
     config = ServingConfig(port=0, models=(model,), api_keys=str(keys), rate_limit="2/4")
     with start(config, lambda _: None) as service, httpx.Client(base_url=service.url, trust_env=False) as http:
         assert http.get("/").status_code == http.get("/v2/health/ready").status_code == 200
         for headers in ({}, {"X-API-Key": "not-the-right-one"}):
-            refused = http.post("/v2/models/model/classify", content=buffer.getvalue(), headers=headers)
+            refused = http.post("/v2/models/model/classify", content=picture("red"), headers=headers)
             assert refused.status_code == 401 and "API key" in refused.json()["error"]
         with Client(service.url, api_key=key) as client:  # waits as it is told to
-            answers = list(client.classify_many("model", [buffer.getvalue()] * 8))
+            answers = list(client.classify_many("model", [picture("red")] * 8))
         assert {answer["predictions"][0]["label"] for answer in answers} == {"red"}
         answers_after = [http.get("/v2/models/model", headers={"X-API-Key": key}) for _ in range(12)]
         limited = [answer for answer in answers_after if answer.status_code == 429]
