@@ -127,7 +127,9 @@ def test_every_family_trains(shapes, outlines, tmp_path, model, amp):
         "train.random_crop=0", "data.batch_size=2", f"model={model.format('cspresnet10')}", "max_detections=5",
         f"amp={amp}",
     )  # fmt: skip
-    result = run_train(config(shapes, tmp_path, *few, *masks))
+    # With AVX-512, oneDNN's bf16 gradient of P7's weights is what lay in memory before, if P6 is one pixel as of 64 px.
+    larger = ("preprocess.min_size=128", "preprocess.max_size=128") if amp == "true" else ()
+    result = run_train(config(shapes, tmp_path, *few, *larger, *masks))
     first, second = (entry["loss"] for entry in result["history"])
     assert second < first
     assert ("mask_AP50" in result["best"]) == model.startswith("maskrcnn")
