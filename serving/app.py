@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, Response
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError, decode
 from detection.drawing import COLORS, draw_boxes
-from serving import keys, oip, openapi
+from serving import keys, oip, oip_json, openapi
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
@@ -125,13 +125,13 @@ class ModelReplica:
     async def _infer(self, request: Request) -> Response:
         """Tensors to tensors, several images at once."""
         body = await read_body(request, self.max_body_bytes, "an inference request, as JSON")
-        length = request.headers.get(oip.JSON_LENGTH)
+        length = request.headers.get(oip_json.JSON_LENGTH)
         with refused():
-            asked = await self._in_thread(oip.parse, body, length, self.model.metadata)
+            asked = await self._in_thread(oip_json.parse, body, length, self.model.metadata)
         prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
         results = await asyncio.gather(*map(self.batches.submit, prepared))
         content, headers = await self._in_thread(
-            self.metrics.call, "encode", oip.render, asked, self.name, self.model.metadata, results
+            self.metrics.call, "encode", oip_json.render, asked, self.name, self.model.metadata, results
         )
         return Response(content, headers=headers)
 
