@@ -42,12 +42,14 @@ class InferRequest:
     """What a request asks for.
 
     Attributes:
+        version: of the model; "" is any.
         outputs: the wanted tensors by name, each with whether it is to be bytes, after JSON.
         top_k: the most classes or detections of an image.
         classes: indices of those to keep; None keeps all.
     """
 
     id: str
+    version: str
     images: Images
     outputs: Mapping[str, bool]
     top_k: int | None
@@ -72,7 +74,7 @@ def check_input(names: Sequence[str]) -> None:
 
 
 def ask(
-    id: str, images: Images, outputs: Mapping[str, bool], parameters: Parameters, artifact: Artifact
+    id: str, version: str, images: Images, outputs: Mapping[str, bool], parameters: Parameters, artifact: Artifact
 ) -> InferRequest:
     """The request for these images.
 
@@ -85,6 +87,7 @@ def ask(
     _check_threshold(parameters.score_threshold, artifact)
     return InferRequest(
         id=id,
+        version=version,
         images=images,
         outputs=outputs,
         top_k=parameters.top_k,

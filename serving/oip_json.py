@@ -74,6 +74,7 @@ def parse(body: bytes, json_length: str | None, artifact: Artifact) -> oip.Infer
     outputs = {output.name: output.parameters.binary_data for output in request.outputs}
     return oip.ask(
         id=request.id,
+        version="",  # the path says it
         images=_images(request.inputs[0], tail),
         outputs={
             name: asked.binary_data_output if binary is None else binary
