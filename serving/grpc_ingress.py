@@ -23,16 +23,17 @@ defaults cspnet_grpc
 
 frontend cspnet_grpc from cspnet_grpc
     bind {public} proto h2
-    acl plain req.hdr(grpc-encoding),length eq 0
-    acl plain req.hdr(grpc-encoding) identity
+    acl encoded req.hdr(grpc-encoding) -m found
+    acl identity req.hdr(grpc-encoding) identity
     acl of_a_model path {paths}
     acl named var(txn.model) -m reg ^[A-Za-z0-9][A-Za-z0-9._-]*$
-    http-request return {trailers} hdr grpc-status 12 hdr grpc-message "send messages uncompressed" if !plain
+    http-request return status 200 hdr grpc-status 12 hdr grpc-message "send messages uncompressed" if encoded !identity
     http-request set-header {application} {front}
     http-request wait-for-body time 10s if of_a_model
-    http-request set-var(txn.model) req.body,bytes(5),protobuf(1,string) if of_a_model
-    http-request return {trailers} hdr grpc-status 5 hdr grpc-message "{no_model}" if of_a_model !named
+    http-request set-var(txn.model) req.body,bytes(5),protobuf(1) if of_a_model
+    http-request return status 200 hdr grpc-status 5 hdr grpc-message "{no_model}" if of_a_model !named
     http-request set-header {application} %[var(txn.model)] if of_a_model
+    http-after-response set-header content-type application/grpc if !{{ res.hdr(content-type) -m found }}
     default_backend cspnet_grpc_to_ray
 
 backend cspnet_grpc_to_ray from cspnet_grpc
@@ -70,7 +71,6 @@ def write_haproxy(folder: Path, haproxy: str, host: str, port: int, ray_port: in
             application=APPLICATION,
             front=FRONT,
             no_model=NO_MODEL,
-            trailers="status 200 content-type application/grpc",
         )
     )
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(haproxy)} "$@" -f {shlex.quote(str(config))}\n')
