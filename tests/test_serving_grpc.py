@@ -1,4 +1,4 @@
-"""The gRPC service on a real Ray Serve, started once, by tritonclient: every call, good input and bad, with API keys."""
+"""The gRPC service on a real Ray Serve, started once, by tritonclient: every call, good and bad input, API keys."""
 
 import time
 from collections.abc import Callable, Iterator
