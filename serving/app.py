@@ -6,7 +6,7 @@ in front at `/`, which knows all of them. `serve.py` starts them on this machine
 
 import asyncio
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -25,18 +25,29 @@ from starlette.responses import HTMLResponse, Response
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError, decode
 from detection.drawing import COLORS, draw_boxes
-from serving import keys, oip, openapi
+from serving import grpc_service, keys, oip, oip_grpc, oip_json, openapi
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
+from serving.grpc_service import FRONT
 from serving.metrics import ReplicaMetrics
 from serving.predictor import create_predictor
-from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, number, read_body, read_query, refused, respond
+from serving.protocol import (
+    RETRY_AFTER_S,
+    JsonErrors,
+    Refusal,
+    allow,
+    number,
+    read_body,
+    read_query,
+    refused,
+    respond,
+    too_large,
+)
 from serving.runtime import OnnxModel, Provider, usable_cores
 from serving.schemas import DEFAULT_TOP_K, DetectAnswer, class_indices, classify_answer, detect_answer
 from serving.uploads import read_upload
 
-FRONT = "_front"  # no model's name, which starts with a letter or digit
 MAX_TOP_K = 100_000
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
@@ -102,18 +113,20 @@ class ModelReplica:
         path = route_prefix(self.name)
         action = request.url.path.removeprefix(path).strip("/")
         if action == "versions" or action.startswith("versions/"):
-            asked, _, action = action.removeprefix("versions").strip("/").partition("/")
-            if asked != oip.VERSION:
-                raise Refusal(404, f"no version {asked!r} of {self.name!r} here: there is {oip.VERSION}")
+            version, _, action = action.removeprefix("versions").strip("/").partition("/")
+            self._check_version(version)
         if not action:
             allow(request, "GET", "HEAD")
             return self._describe()
         if action == "ready":
             allow(request, "GET", "HEAD")
-            return {"name": self.name, "ready": True}  # a replica that answers is warm
+            return self._ready()
         if action == "infer":
             allow(request, "POST")
-            return await self._infer(request)
+            body = await read_body(request, self.max_body_bytes, "an inference request, as JSON")
+            length = request.headers.get(oip_json.JSON_LENGTH)
+            content, headers = await self._infer(partial(oip_json.parse, body, length), oip_json.render)
+            return Response(content, headers=headers)
         if action not in ENDPOINTS.values():
             raise Refusal(404, f"no {action!r} here: GET {path}, or POST …/{self.endpoint} an image")
         allow(request, "POST")
@@ -122,18 +135,48 @@ class ModelReplica:
             raise Refusal(400, f"{self.name!r} is a model for {task}: POST to {path}")
         return await self._find(request)
 
-    async def _infer(self, request: Request) -> Response:
-        """Tensors to tensors, several images at once."""
-        body = await read_body(request, self.max_body_bytes, "an inference request, as JSON")
-        length = request.headers.get(oip.JSON_LENGTH)
+    # By gRPC's names: Ray calls them with a message's bytes.
+
+    async def ModelReady(self, request: bytes, grpc_context: Any) -> Any:
+        return await self._answer_grpc("ModelReady", "ready", self._about(self._ready, request), grpc_context)
+
+    async def ModelMetadata(self, request: bytes, grpc_context: Any) -> Any:
+        return await self._answer_grpc("ModelMetadata", "other", self._about(self._describe, request), grpc_context)
+
+    async def ModelInfer(self, request: bytes, grpc_context: Any) -> Any:
+        return await self._answer_grpc("ModelInfer", "infer", self._infer_grpc(request), grpc_context)
+
+    async def _answer_grpc(self, method: str, action: str, work: Awaitable[Any], context: Any) -> Any:
+        answer, status = await grpc_service.answer(method, work, context, self.timeout_s)
+        self.metrics.answered(action, status)
+        return answer
+
+    async def _about(self, answer: Callable[[], dict[str, Any]], request: bytes) -> dict[str, Any]:
         with refused():
-            asked = await self._in_thread(oip.parse, body, length, self.model.metadata)
+            asked = oip_grpc.read("ModelReadyRequest", request)  # all such have the same fields
+        self._check_version(asked.version)
+        return answer()
+
+    async def _infer_grpc(self, request: bytes) -> Any:
+        if len(request) > self.max_body_bytes:
+            raise too_large(self.max_body_bytes)
+        return await self._infer(partial(oip_grpc.parse, request), oip_grpc.render)
+
+    def _check_version(self, version: str) -> None:
+        """Of gRPC, "" is any."""
+        if version not in ("", oip.VERSION):
+            raise Refusal(404, f"no version {version!r} of {self.name!r} here: there is {oip.VERSION}")
+
+    async def _infer(self, parse: Callable[[Artifact], oip.InferRequest], render: Callable[..., T]) -> T:
+        """Tensors to tensors, several images at once."""
+        with refused():
+            asked = await self._in_thread(parse, self.model.metadata)
+        self._check_version(asked.version)
         prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
         results = await asyncio.gather(*map(self.batches.submit, prepared))
-        content, headers = await self._in_thread(
-            self.metrics.call, "encode", oip.render, asked, self.name, self.model.metadata, results
+        return await self._in_thread(
+            self.metrics.call, "encode", render, asked, self.name, self.model.metadata, results
         )
-        return Response(content, headers=headers)
 
     def _prepare(self, asked: oip.InferRequest, i: int) -> Any:
         try:
@@ -186,12 +229,15 @@ class ModelReplica:
         classes = _classes(query, metadata)
         return partial(detect_answer, metadata, score_threshold=threshold, classes=classes), picture
 
+    def _ready(self) -> dict[str, Any]:
+        return {"name": self.name, "ready": True}  # a replica that answers is warm
+
     def _describe(self) -> dict[str, Any]:
         metadata = self.model.metadata
         return {
             "name": self.name,
             "versions": [oip.VERSION],
-            "platform": "onnxruntime_onnx",
+            "platform": oip.PLATFORM,
             "inputs": [{"name": oip.INPUT, "datatype": "BYTES", "shape": [-1]}],  # or UINT8 [-1, -1, -1, 3]
             "outputs": [
                 {"name": name, "datatype": datatype, "shape": shape}
@@ -234,6 +280,7 @@ class Front:
         self.tasks = tasks
         self.page = Path(__file__).with_name("page.html").read_bytes()
         self.document = openapi.document(version("cspnet"))
+        self.about = {"name": "cspnet", "version": version("cspnet"), "extensions": oip.EXTENSIONS}
 
     async def __call__(self, request: Request) -> Response:
         return await respond(self._answer, request, STATUS_TIMEOUT_S)
@@ -250,17 +297,13 @@ class Front:
             return self.document
         if path == "/v2":
             allow(request, "GET", "HEAD")
-            return {
-                "name": "cspnet",
-                "version": version("cspnet"),
-                "extensions": ["binary_tensor_data", "model_repository"],
-            }
+            return self.about
         if path == "/v2/health/live":
             allow(request, "GET", "HEAD")
             return {"live": True}
         if path == "/v2/health/ready":
             allow(request, "GET", "HEAD")
-            waiting = [model["name"] for model in await self._index() if model["state"] != "READY"]
+            waiting = await self._waiting()
             if waiting:
                 raise Refusal(503, f"not ready: {', '.join(waiting)}", {"Retry-After": str(RETRY_AFTER_S)})
             return {"ready": True}
@@ -271,6 +314,29 @@ class Front:
             name = path.split("/")[3]
             raise Refusal(404, f"no model {name!r} here: there are {', '.join(sorted(self.tasks))}")
         raise Refusal(404, f"nothing at {request.url.path}: see GET /v2, /v2/health/ready, POST /v2/repository/index")
+
+    # By gRPC's names: Ray calls them with a message's bytes, which say nothing here.
+
+    async def ServerLive(self, request: bytes, grpc_context: Any) -> Any:
+        return oip_grpc.MESSAGES["ServerLiveResponse"](live=True)
+
+    async def ServerReady(self, request: bytes, grpc_context: Any) -> Any:
+        async def ready() -> dict[str, Any]:
+            return {"ready": not await self._waiting()}
+
+        return (await grpc_service.answer("ServerReady", ready(), grpc_context, STATUS_TIMEOUT_S))[0]
+
+    async def ServerMetadata(self, request: bytes, grpc_context: Any) -> Any:
+        return oip_grpc.MESSAGES["ServerMetadataResponse"](**self.about)
+
+    async def RepositoryIndex(self, request: bytes, grpc_context: Any) -> Any:
+        async def models() -> dict[str, Any]:
+            return {"models": [{k: v for k, v in model.items() if k != "task"} for model in await self._index()]}
+
+        return (await grpc_service.answer("RepositoryIndex", models(), grpc_context, STATUS_TIMEOUT_S))[0]
+
+    async def _waiting(self) -> list[str]:
+        return [model["name"] for model in await self._index() if model["state"] != "READY"]
 
     async def _index(self) -> list[dict[str, str]]:
         applications = (await asyncio.to_thread(serve.status)).applications

@@ -73,6 +73,7 @@ class ServingConfig(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)  # 0 picks a free one
+    grpc_port: int | None = Field(default=None, ge=0, le=65535)  # of the protocol's gRPC service; null serves none
     max_body_bytes: int = Field(default=20_000_000, ge=1)
     start_timeout_s: float = Field(default=120, gt=0)  # to all models ready, warmed up
     api_keys: str | None = None  # a file of `name:key` lines; null asks nobody for a key
@@ -92,6 +93,12 @@ class ServingConfig(Section):
     def request_timeout_s(self) -> float:
         """Ray's own, for what waits to get to a replica, which answers 408 itself a second sooner."""
         return max(model.timeout_s for model in self.models) + 1
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.port and self.port == self.grpc_port:
+            raise ValueError(f"port and grpc_port are both {self.port}: give each its own")
+        return self
 
     @field_validator("rate_limit")
     @classmethod

@@ -11,10 +11,11 @@ from ray import serve
 
 from backbones.errors import InputError
 from serving import keys
-from serving.app import FRONT, build, route_prefix
+from serving.app import build, route_prefix
 from serving.config import ServingConfig
+from serving.grpc_service import FRONT, grpc_options
 
-_OF_THE_SERVER = {"host", "port", "start_timeout_s"}  # not of an application
+_OF_THE_SERVER = {"host", "port", "grpc_port", "start_timeout_s"}  # not of an application
 
 
 def serve_config(config: ServingConfig) -> dict[str, Any]:
@@ -30,6 +31,9 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
             raise InputError(
                 f"model {model.name!r}: artifact {model.artifact} must be an absolute path, the same on every node"
             )
+    grpc = {}
+    if config.grpc_port is not None:
+        grpc["grpc_options"] = grpc_options(config.grpc_port, config.request_timeout_s)
     return {
         "proxy_location": "EveryNode",
         "http_options": {
@@ -37,6 +41,7 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
             "port": config.port,
             "request_timeout_s": config.request_timeout_s,
         },
+        **grpc,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [
             *(

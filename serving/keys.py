@@ -1,4 +1,4 @@
-"""API keys and their rate limits, as ASGI middleware round every HTTP server of a service; no Ray, no torch here."""
+"""API keys and their rate limits, for gRPC and as ASGI middleware round every HTTP server; no Ray, no torch here."""
 
 import hashlib
 import hmac
@@ -7,9 +7,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -164,36 +165,36 @@ class TokenBucket:
         return 0.0
 
 
-class ApiKeys:
-    """ASGI middleware: 401 without a key of the file, 429 beyond its rate limit, before the body is read.
+class Gate:
+    """Who may send a request: 401 without a key of the file, 429 beyond its rate limit.
 
-    Who asks is in `scope["state"]["key_name"]` from then on. A name has one rate limit for all its keys, in each
-    process that serves HTTP.
+    A name has one rate limit for all its keys, in each process that answers requests.
     """
 
-    def __init__(
-        self, app: ASGIApp, keys: KeyFile, limit: RateLimit | None = None, clock: Callable[[], float] = time.monotonic
-    ):
-        self.app, self.keys, self.limit, self._clock = app, keys, limit, clock
+    def __init__(self, keys: KeyFile, limit: RateLimit | None = None, clock: Callable[[], float] = time.monotonic):
+        self.keys, self.limit, self._clock = keys, limit, clock
         self._buckets: dict[str, TokenBucket] = {}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            if scope["type"] != "lifespan" and not _OPEN.fullmatch(scope["path"]):
-                self._admit(scope)
-        except Refusal as refusal:
-            await refusal.response()(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+    def who(self, headers: Mapping[bytes, bytes]) -> str:
+        """The name of the key that was sent; headers' names are in lower case.
 
-    def _admit(self, scope: Scope) -> None:
-        key = _sent_key(scope)
+        Raises:
+            Refusal: 401.
+        """
+        key = _sent_key(headers)
         if not key:
             raise Refusal(401, f"an API key is needed: {_SEND_IT}", {"WWW-Authenticate": "Bearer"})
         name = self.keys.name_of(key)
         if name is None:
             raise Refusal(401, f"no such API key: {_SEND_IT}", {"WWW-Authenticate": "Bearer"})
-        scope.setdefault("state", {})["key_name"] = name
+        return name
+
+    def count(self, name: str) -> None:
+        """Take a request from what the name has left.
+
+        Raises:
+            Refusal: 429.
+        """
         if self.limit is None:
             return
         wait = self._bucket(name, self.limit).take(self._clock())
@@ -208,16 +209,35 @@ class ApiKeys:
         return self._buckets[name]
 
 
-def _sent_key(scope: Scope) -> bytes:
-    headers = dict(scope["headers"])
+class ApiKeys:
+    """ASGI middleware: a `Gate` before the body is read. Who asks is in `scope["state"]["key_name"]` from then on."""
+
+    def __init__(
+        self, app: ASGIApp, keys: KeyFile, limit: RateLimit | None = None, clock: Callable[[], float] = time.monotonic
+    ):
+        self.app, self.gate = app, Gate(keys, limit, clock)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["type"] != "lifespan" and not _OPEN.fullmatch(scope["path"]):
+                name = scope.setdefault("state", {})["key_name"] = self.gate.who(dict(scope["headers"]))
+                self.gate.count(name)
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _sent_key(headers: Mapping[bytes, bytes]) -> bytes:
     if b"x-api-key" in headers:  # Authorization may be a gateway's
-        return bytes(headers[b"x-api-key"])
-    scheme, _, key = bytes(headers.get(b"authorization", b"")).partition(b" ")
+        return headers[b"x-api-key"]
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else b""
 
 
-def from_environment() -> list[Middleware]:
-    """The middleware as CSPNET_API_KEYS, a path, and CSPNET_RATE_LIMIT, such as `10/20`, ask for it: none without keys.
+def settings_of_environment() -> dict[str, Any] | None:
+    """The arguments of a `Gate` as CSPNET_API_KEYS, a path, and CSPNET_RATE_LIMIT, such as `10/20`, ask for it; None
+    without keys.
 
     Raises:
         InputError: a file that `read_keys` or a limit that `RateLimit.parse` does not take.
@@ -225,7 +245,13 @@ def from_environment() -> list[Middleware]:
     path, text = os.environ.get(KEYS_VARIABLE), os.environ.get(LIMIT_VARIABLE)
     limit = RateLimit.parse(text) if text else None
     if path:
-        return [Middleware(ApiKeys, keys=KeyFile(path), limit=limit)]
+        return {"keys": KeyFile(path), "limit": limit}
     if limit:
         _log.warning("%s=%s limits nobody, since it is a key's: set %s as well", LIMIT_VARIABLE, text, KEYS_VARIABLE)
-    return []
+    return None
+
+
+def from_environment() -> list[Middleware]:
+    """The middleware of `settings_of_environment`, if any."""
+    settings = settings_of_environment()
+    return [] if settings is None else [Middleware(ApiKeys, **settings)]

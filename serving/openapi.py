@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
-from serving import oip
+from serving import oip_json
 from serving.schemas import ClassifyAnswer, DetectAnswer
 
 _REFUSALS = {
@@ -45,7 +45,7 @@ def document(version: str) -> dict[str, Any]:
         name: _schema(kind, components) for name, kind in (("classify", ClassifyAnswer), ("detect", DetectAnswer))
     }
     error = _schema(Error, components)
-    request = _schema(oip.Request, components)
+    request = _schema(oip_json.Request, components)
 
     def operation(summary: str, answer: dict[str, Any] | None = None, *refusals: str, **more: Any) -> dict[str, Any]:
         good = {"description": "OK", "content": _json(answer or {"type": "object"})}

@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -14,10 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError
 
+T = TypeVar("T")
 RETRY_AFTER_S = 1
+OVERLOADED = "overloaded, the queue is full: try again"
 _RAY_SAYS = {  # Ray's own refusals, in words that help a client
     408: "no answer within the time limit: try again, send less at once, or raise timeout_s in the config",
-    503: "overloaded, the queue is full: try again after the seconds in Retry-After",
+    503: f"{OVERLOADED} after the seconds in Retry-After",
 }
 
 
@@ -41,22 +43,33 @@ def refused() -> Iterator[None]:
         raise Refusal(400, str(error)) from None
 
 
+async def attempt(work: Awaitable[T], timeout_s: float, what: str) -> T | Refusal:
+    """What `work` returns; what it raises, as the refusal that fits.
+
+    Args:
+        what: names it in the log.
+    """
+    try:
+        return await asyncio.wait_for(work, timeout_s)
+    except Refusal as refusal:
+        return refusal
+    except ImageError as error:
+        return Refusal(422, str(error))
+    except asyncio.TimeoutError:
+        return Refusal(408, f"no answer within {timeout_s:g} s: {_RAY_SAYS[408].partition(': ')[2]}")
+    except ClientDisconnect:
+        return Refusal(400, "the body ended early")  # to nobody
+    except Exception:
+        logging.getLogger("ray.serve").exception("%s failed", what)
+        return Refusal(500, "internal error: the server's log has its traceback")
+
+
 async def respond(handler: Callable[[Request], Awaitable[Any]], request: Request, timeout_s: float) -> Response:
     """What `handler` returns, as JSON unless it is a response; what it raises, as the status that fits."""
-    try:
-        answer = await asyncio.wait_for(handler(request), timeout_s)
-        return answer if isinstance(answer, Response) else JSONResponse(answer)
-    except Refusal as refusal:
-        return refusal.response()
-    except ImageError as error:
-        return Refusal(422, str(error)).response()
-    except asyncio.TimeoutError:
-        return Refusal(408, f"no answer within {timeout_s:g} s: {_RAY_SAYS[408].partition(': ')[2]}").response()
-    except ClientDisconnect:
-        return Refusal(400, "the body ended early").response()  # to nobody
-    except Exception:
-        logging.getLogger("ray.serve").exception("%s %s failed", request.method, request.url.path)
-        return Refusal(500, "internal error: the server's log has its traceback").response()
+    answer = await attempt(handler(request), timeout_s, f"{request.method} {request.url.path}")
+    if isinstance(answer, Refusal):
+        return answer.response()
+    return answer if isinstance(answer, Response) else JSONResponse(answer)
 
 
 def allow(request: Request, *methods: str) -> None:
@@ -66,21 +79,24 @@ def allow(request: Request, *methods: str) -> None:
         raise Refusal(405, f"{request.method} is not for {request.url.path}: use {names}", {"Allow": names})
 
 
+def too_large(limit: int) -> Refusal:
+    return Refusal(413, f"the body is over {limit} bytes: send less at once, or raise max_body_bytes")
+
+
 async def read_body(request: Request, limit: int, what: str = "the bytes of a JPEG or PNG file") -> bytes:
     """The whole body, given up as soon as it is known to pass `limit` bytes.
 
     Args:
         what: the remedy for an empty one.
     """
-    too_large = Refusal(413, f"the body is over {limit} bytes: send less at once, or raise max_body_bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise too_large
+        raise too_large(limit)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            raise too_large
+            raise too_large(limit)
     if not body:
         raise Refusal(400, f"the body is empty: send {what}")
     return bytes(body)

