@@ -4,7 +4,6 @@ endpoints and batch jobs share. Pillow decodes and resizes; no torch here, unles
 Shapes: h, w an image's size; H, W a canvas's; N images in a batch. Pixels are uint8 RGB.
 """
 
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
