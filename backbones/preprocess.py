@@ -25,7 +25,7 @@ from backbones.schema import Section
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_PIXELS = 64_000_000  # 256 MB as Pillow's RGB; ImageNet's and COCO's largest have below 62 million
+MAX_PIXELS = 64_000_000  # half a gigabyte at the most; ImageNet's and COCO's largest have below 62 million
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
 
 _UPRIGHT = {  # by EXIF orientation
@@ -129,9 +129,10 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS, decoder: De
         file = BoundedFile(body)
         with Image.open(file, formats=FORMATS) as opened:
             file.begin_pixels()
-            if opened.width * opened.height > max_pixels:
+            limit = max_pixels // 2 if opened.format == "WEBP" else max_pixels  # its decoder holds twice as many
+            if opened.width * opened.height > limit:
                 size = f"{opened.width}x{opened.height}"
-                raise ImageError(f"{name} has {size} pixels, over the limit of {max_pixels}: make it smaller")
+                raise ImageError(f"{name} has {size} pixels, over the limit of {limit}: make it smaller")
             image: Image.Image = opened
             if isinstance(opened, JpegImageFile):
                 check_scans(opened, body, file.tell())

@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, Response
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError, decode
 from detection.drawing import COLORS, draw_boxes
-from serving import keys, oip, openapi
+from serving import access_log, keys, oip, openapi
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
@@ -331,7 +331,7 @@ def check_artifact(model: ServedModel) -> str:
 
 def middlewares() -> list[Middleware]:
     """What Ray puts round every HTTP server of the service; `serve.py` names it to Ray."""
-    return [Middleware(JsonErrors), *keys.from_environment()]
+    return [Middleware(JsonErrors), *keys.from_environment(), access_log.from_environment()]  # the last is outermost
 
 
 def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:

@@ -55,7 +55,8 @@ async def respond(handler: Callable[[Request], Awaitable[Any]], request: Request
     except ClientDisconnect:
         return Refusal(400, "the body ended early").response()  # to nobody
     except Exception:
-        logging.getLogger("ray.serve").exception("%s %s failed", request.method, request.url.path)
+        request_id = request.headers.get("x-request-id")
+        logging.getLogger("ray.serve").exception("%s %s failed (%s)", request.method, request.url.path, request_id)
         return Refusal(500, "internal error: the server's log has its traceback").response()
 
 
