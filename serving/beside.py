@@ -20,7 +20,7 @@ from serving.artifact import Artifact, ClassifierArtifact
 from serving.protocol import RETRY_AFTER_S, Refusal
 from serving.schemas import ClassifyAnswer
 
-PATIENCE_S = 1.0  # before it is asked whether there is a replica at all
+PATIENCE_S = 1.0  # between two looks whether there is a replica at all
 _GONE = (BackPressureError, DeploymentUnavailableError, RayActorError)
 T = TypeVar("T")
 
@@ -88,10 +88,10 @@ async def _call(name: str, method: Any, *args: object) -> Any:
     response = method.remote(*args)
     answered = asyncio.ensure_future(_result(response))
     try:
-        done, _ = await asyncio.wait({answered}, timeout=PATIENCE_S)
-        if not done and not await asyncio.to_thread(_has_replica, name):
-            raise _unavailable(name, "has no replica ready")
-        return await answered
+        while not (await asyncio.wait({answered}, timeout=PATIENCE_S))[0]:
+            if not await asyncio.to_thread(_has_replica, name):
+                raise _unavailable(name, "has no replica ready")
+        return answered.result()
     except _GONE:
         raise _unavailable(name, "is overloaded or has no replica ready") from None
     finally:
