@@ -4,7 +4,6 @@ endpoints and batch jobs share. Pillow decodes and resizes; no torch here, unles
 Shapes: h, w an image's size; H, W a canvas's; N images in a batch. Pixels are uint8 RGB.
 """
 
-import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +12,31 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from backbones.bounds import BoundedFile, check_exif, check_scans
 from backbones.errors import InputError
 from backbones.schema import Section
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_PIXELS = 89_478_485  # Pillow's own limit, 256 MiB as RGB; ImageNet's and COCO's largest have below 62 million
+MAX_PIXELS = 64_000_000  # half a gigabyte at the most; ImageNet's and COCO's largest have below 62 million
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
+
+_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -114,20 +125,23 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS, decoder: De
     if source == b"":
         raise ImageError("image is empty: send the bytes of a JPEG or PNG file")
     try:
-        if decoder != "pillow" and not isinstance(source, bytes):
-            source = Path(source).read_bytes()
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as opened:
-            if opened.width * opened.height > max_pixels:
+        body = source if isinstance(source, bytes) else Path(source).read_bytes()
+        file = BoundedFile(body)
+        with Image.open(file, formats=FORMATS) as opened:
+            file.begin_pixels()
+            limit = max_pixels // 2 if opened.format == "WEBP" else max_pixels  # its decoder holds twice as many
+            if opened.width * opened.height > limit:
                 size = f"{opened.width}x{opened.height}"
-                raise ImageError(f"{name} has {size} pixels, over the limit of {max_pixels}: make it smaller")
+                raise ImageError(f"{name} has {size} pixels, over the limit of {limit}: make it smaller")
             image: Image.Image = opened
-            if decoder != "pillow" and opened.format == "JPEG" and opened.mode in ("RGB", "L"):
-                assert isinstance(source, bytes)
-                image = _decode_jpeg(source, decoder) or opened
-                image.info = opened.info  # where the EXIF data is
+            if isinstance(opened, JpegImageFile):
+                check_scans(opened, body, file.tell())
+                if decoder != "pillow" and opened.format == "JPEG" and opened.mode in ("RGB", "L"):
+                    image = _decode_jpeg(body, decoder) or opened
+                    image.info = opened.info  # where the EXIF data is
             image.load()
             deep = _is_deep(opened)
-            ImageOps.exif_transpose(image, in_place=True)
+            image = _upright(image)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -138,10 +152,23 @@ def decode(source: bytes | str | Path, max_pixels: int = MAX_PIXELS, decoder: De
         reason = "no image format that is read here" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"{name} cannot be decoded ({reason}): send a whole JPEG or PNG file") from None
     if image.mode.startswith("I"):  # Pillow would cut off all above 255
-        samples = np.asarray(image)
-        return Image.fromarray((samples >> 8 if deep else samples).clip(0, 255).astype(np.uint8)).convert("RGB")
+        samples = np.array(image)
+        if deep:
+            samples >>= 8
+        image = Image.fromarray(samples.clip(0, 255, out=samples).astype(np.uint8))
+        del samples
     image.info.pop("transparency", None)  # it is dropped; of a palette with it Pillow would warn
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says. Pillow's `exif_transpose` would write the EXIF block anew, too."""
+    exif, text = image.info.get("exif"), image.info.get("Raw profile type exif")
+    if exif is None and text is not None:
+        exif = bytes.fromhex("".join(text.split("\n")[3:]))
+    check_exif(exif or b"")
+    method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if method is None else image.transpose(method)
 
 
 def _is_deep(image: ImageFile) -> bool:

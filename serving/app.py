@@ -8,6 +8,7 @@ import asyncio
 import io
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -23,11 +24,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from backbones.errors import InputError, unknown
-from backbones.preprocess import ImageError, decode
+from backbones.preprocess import ClassifierPreprocess, ImageError, Pixels, decode
 from detection.drawing import COLORS, draw_boxes
-from serving import grpc_service, keys, oip, oip_grpc, oip_json, openapi
+from serving import access_log, grpc_service, keys, oip, oip_grpc, oip_json, openapi, traces
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
+from serving.beside import Classifiers
 from serving.config import ServedModel, ServingConfig
 from serving.grpc_service import FRONT
 from serving.metrics import ReplicaMetrics
@@ -45,7 +47,7 @@ from serving.protocol import (
     too_large,
 )
 from serving.runtime import OnnxModel, Provider, usable_cores
-from serving.schemas import DEFAULT_TOP_K, DetectAnswer, class_indices, classify_answer, detect_answer
+from serving.schemas import DEFAULT_TOP_K, ClassifyAnswer, DetectAnswer, class_indices, classify_answer, detect_answer
 from serving.uploads import read_upload
 
 MAX_TOP_K = 100_000
@@ -92,15 +94,20 @@ class ModelReplica:
         self.probe = self.predictor.prepare(_blank_image())
         for size in range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}:
             self.predictor.predict([self.probe] * size)
+        self.classifiers = Classifiers()
+        self.traces = traces.from_environment()
         self.metrics = ReplicaMetrics(self.model.provider)
         self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size, self.metrics.batch)
         await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too
         self.batches_seen = self.batches.batches
 
     async def __call__(self, request: Request) -> Response:
-        response = await respond(self._answer, request, self.timeout_s)
         action = request.url.path.rsplit("/", 1)[-1]
-        self.metrics.answered(action if action in ACTIONS else "other", response.status_code)
+        action = action if action in ACTIONS else "other"
+        with self.traces.request(request, action, self.name) as said:
+            response = await respond(self._answer, request, self.timeout_s)
+            said["status"] = response.status_code
+        self.metrics.answered(action, response.status_code)
         return response
 
     async def check_health(self) -> None:
@@ -186,21 +193,23 @@ class ModelReplica:
 
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Off the event loop, which has no time for it."""
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, work, *args)
+        run = copy_context().run  # the thread notes stages of this request
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, run, work, *args)
 
     async def _find(self, request: Request) -> Any:
         """An image or several to what people read; of several, a bad one is an error in its place."""
         answer, picture = self._read_query(request)
+        one = await self._beside(request, answer) or partial(self._one, answer=answer)
         upload = await read_upload(request, self.max_body_bytes)
         if not upload.several:
-            found = await self._one(upload.images[0], answer)
+            found = await one(upload.images[0])
             return await self._in_thread(draw, upload.images[0], found, picture) if picture else found
         if picture:
             raise Refusal(400, f"annotate={picture} answers one picture: send one image at a time")
 
         async def entry(name: str, image: bytes) -> dict[str, Any]:
             try:
-                return {"name": name, **await self._one(image, answer)}
+                return {"name": name, **await one(image)}
             except ImageError as error:
                 return {"name": name, "error": str(error)}
 
@@ -208,10 +217,45 @@ class ModelReplica:
 
     async def _one(self, image: bytes, answer: Callable[[Any], Any]) -> Any:
         prepared = await self._in_thread(self.metrics.call, "decode", self.predictor.prepare, image)
+        return await self._run(prepared, answer)
+
+    async def _run(self, prepared: Any, answer: Callable[[Any], Any]) -> Any:
         found = await self.batches.submit(prepared)
         if getattr(found, "masks", None) is None:
             return self.metrics.call("encode", answer, found)
         return await self._in_thread(self.metrics.call, "encode", answer, found)  # masks are pasted as they are read
+
+    async def _beside(self, request: Request, answer: Callable[[Any], Any]) -> Callable[[bytes], Awaitable[Any]] | None:
+        """`_one` with a classifier's answer in it, of the picture that was decoded once; None if none was asked for."""
+        name = request.query_params.get("classify")
+        if name is None:
+            return None
+        top_k = number(request.query_params, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
+        if name == self.name:
+            raise Refusal(400, f"{name!r} is this model, for detection: classify names a classifier")
+        classifier = await self.classifiers.find(name)
+
+        async def both(image: bytes) -> dict[str, Any]:
+            prepare = partial(classifier.prepare, image, self.predictor.prepare)
+            prepared, pixels = await self._in_thread(self.metrics.call, "decode", prepare)
+            classified = self.classifiers.classify(classifier, pixels, top_k)
+            found, classification = await asyncio.gather(self._run(prepared, answer), classified)
+            return {**found, "classification": classification}
+
+        return both
+
+    async def artifact(self) -> Artifact:
+        """For the replicas of other models."""
+        return self.model.metadata
+
+    async def classify_pixels(
+        self, pixels: Pixels, preprocess: ClassifierPreprocess, top_k: int
+    ) -> ClassifyAnswer | None:
+        """For the replicas of detectors: pixels [crop, crop, 3]. None if this model prepares otherwise."""
+        metadata = self.model.metadata
+        if not isinstance(metadata, ClassifierArtifact) or metadata.preprocess != preprocess:
+            return None
+        return cast(ClassifyAnswer, await self._run(pixels, partial(classify_answer, metadata, top_k=top_k)))
 
     def _read_query(self, request: Request) -> tuple[Callable[[Any], Any], str | None]:
         """What makes an answer of a result, and the format of a picture, if one is to be the answer."""
@@ -220,12 +264,16 @@ class ModelReplica:
             query = read_query(request, "top_k", "classes")
             top_k = number(query, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
             return partial(classify_answer, metadata, top_k=top_k, classes=_classes(query, metadata)), None
-        query = read_query(request, "score_threshold", "classes", "annotate")
+        query = read_query(request, "score_threshold", "classes", "annotate", "classify", "top_k")
+        if "top_k" in query and "classify" not in query:
+            raise Refusal(400, "top_k is of the classes that classify=NAME, a classifier, finds: give it too")
         # Below the artefact's own threshold there is nothing to return.
         threshold = number(query, "score_threshold", float, metadata.score_threshold, 1)
         picture = query.get("annotate")
         if picture not in (None, *PICTURES):
             raise Refusal(400, str(unknown("value of annotate", picture, PICTURES)))
+        if picture and "classify" in query:
+            raise Refusal(400, "annotate answers a picture, which holds no classes: leave out annotate or classify")
         classes = _classes(query, metadata)
         return partial(detect_answer, metadata, score_threshold=threshold, classes=classes), picture
 
@@ -397,7 +445,7 @@ def check_artifact(model: ServedModel) -> str:
 
 def middlewares() -> list[Middleware]:
     """What Ray puts round every HTTP server of the service; `serve.py` names it to Ray."""
-    return [Middleware(JsonErrors), *keys.from_environment()]
+    return [Middleware(JsonErrors), *keys.from_environment(), access_log.from_environment()]  # the last is outermost
 
 
 def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:

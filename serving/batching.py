@@ -8,15 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from serving import traces
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Entry(Generic[Item, Result]):
     item: Item
     future: asyncio.Future[Result]
-    since: float  # seconds of `time.perf_counter`
+    since: float  # seconds of `time.perf_counter`, as the next two, of its batch
+    began: float = 0.0
+    ended: float = 0.0
 
 
 class BatchQueue(Generic[Item, Result]):
@@ -54,9 +58,12 @@ class BatchQueue(Generic[Item, Result]):
         """The result of `item`. An exception of its batch is raised here; a cancelled caller's item is
         dropped if it has not been taken yet.
         """
-        future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.put(_Entry(item, future, time.perf_counter()))
-        return await future
+        entry: _Entry[Item, Result] = _Entry(item, self._loop.create_future(), time.perf_counter())
+        self._waiting.put(entry)
+        result = await entry.future
+        traces.stage("queue", entry.since, entry.began)
+        traces.stage("run", entry.began, entry.ended)
+        return result
 
     async def close(self) -> None:
         """Run what was submitted before, then end the thread."""
@@ -74,10 +81,13 @@ class BatchQueue(Generic[Item, Result]):
             try:
                 results = self._run([entry.item for entry in entries])
                 assert len(results) == len(entries), f"{len(results)} results for {len(entries)} items"
+                ended = time.perf_counter()
+                for entry in entries:
+                    entry.began, entry.ended = began, ended
                 self.batches += 1
                 if self._observe is not None:
                     waited = [began - entry.since for entry in entries]
-                    self._observe(waited, time.perf_counter() - began, self._waiting.qsize())
+                    self._observe(waited, ended - began, self._waiting.qsize())
             except BaseException as raised:  # the batch's own; the next one starts afresh
                 error = raised
             try:

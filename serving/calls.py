@@ -78,7 +78,7 @@ def about(name: str, version: Version) -> dict[str, Any]:
     return {"method": "GET", "url": path if version is None else f"{path}/versions/{quote(str(version), safe='')}"}
 
 
-def infer(action: str, name: str, version: Version, image: bytes, **query: float | None) -> dict[str, Any]:
+def infer(action: str, name: str, version: Version, image: bytes, **query: float | str | None) -> dict[str, Any]:
     return {
         "method": "POST",
         "url": f"{about(name, version)['url']}/{action}",

@@ -106,18 +106,25 @@ class Client(_Settings):
         return cast(ClassifyAnswer, self._call(calls.infer("classify", name, version, calls.read(image), top_k=top_k)))
 
     def detect(
-        self, name: str, image: Image, score_threshold: float | None = None, version: Version = None
+        self,
+        name: str,
+        image: Image,
+        score_threshold: float | None = None,
+        version: Version = None,
+        classify: str | None = None,
     ) -> DetectAnswer:
         """The detections in an encoded image, or in the file at a path.
 
         Args:
+            classify: a classifier, whose answer about the same picture is `classification`.
             version: of the model; None is the one that the server serves by default.
 
         Raises:
             ServerError: the server's refusal, or no answer.
             ImageError: the file cannot be read.
         """
-        request = calls.infer("detect", name, version, calls.read(image), score_threshold=score_threshold)
+        query = {"score_threshold": score_threshold, "classify": classify}
+        request = calls.infer("detect", name, version, calls.read(image), **query)
         return cast(DetectAnswer, self._call(request))
 
     @overload
@@ -227,10 +234,16 @@ class AsyncClient(_Settings):
         return cast(ClassifyAnswer, await self._call(request))
 
     async def detect(
-        self, name: str, image: Image, score_threshold: float | None = None, version: Version = None
+        self,
+        name: str,
+        image: Image,
+        score_threshold: float | None = None,
+        version: Version = None,
+        classify: str | None = None,
     ) -> DetectAnswer:
         """As `Client.detect`."""
-        request = calls.infer("detect", name, version, await calls.read_async(image), score_threshold=score_threshold)
+        query = {"score_threshold": score_threshold, "classify": classify}
+        request = calls.infer("detect", name, version, await calls.read_async(image), **query)
         return cast(DetectAnswer, await self._call(request))
 
     @overload

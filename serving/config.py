@@ -3,8 +3,10 @@
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from backbones.errors import InputError
 from backbones.schema import Section
-from serving.keys import RateLimit
+from serving.access_log import LOG_VARIABLE
+from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, RateLimit
 from serving.providers import ON_GPU, Provider, check_gpu_options
 
 
@@ -77,6 +79,7 @@ class ServingConfig(Section):
     max_body_bytes: int = Field(default=20_000_000, ge=1)
     start_timeout_s: float = Field(default=120, gt=0)  # to all models ready, warmed up
     api_keys: str | None = None  # a file of `name:key` lines; null asks nobody for a key
+    access_log: str | None = None  # a file that each request adds a line of JSON to
     rate_limit: str | None = None  # of each key in each process: requests a second / at once, such as 10/20
     models: tuple[ServedModel, ...] = Field(min_length=1)
 
@@ -112,3 +115,15 @@ class ServingConfig(Section):
         if self.rate_limit is not None and self.api_keys is None:
             raise ValueError("rate_limit is one of each key: give api_keys as well, or leave it out")
         return self
+
+
+def refuse_files(config: ServingConfig) -> None:
+    """Refuse the files that a service's nodes, other machines, would not find here.
+
+    Raises:
+        InputError: it names one.
+    """
+    variables = {"api_keys": f"{KEYS_VARIABLE} and {LIMIT_VARIABLE}", "access_log": LOG_VARIABLE}
+    for name, variable in variables.items():
+        if getattr(config, name):
+            raise InputError(f"{name} is a file here: on a cluster set {variable} on each node")

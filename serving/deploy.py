@@ -10,9 +10,8 @@ from typing import Any
 from ray import serve
 
 from backbones.errors import InputError
-from serving import keys
 from serving.app import build, route_prefix
-from serving.config import ServingConfig
+from serving.config import ServingConfig, refuse_files
 from serving.grpc_service import FRONT, grpc_options
 
 _OF_THE_SERVER = {"host", "port", "grpc_port", "start_timeout_s"}  # not of an application
@@ -22,10 +21,9 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
     """What `ray.serve.schema.ServeDeploySchema` takes. Nothing is opened: the artefacts need not be on this machine.
 
     Raises:
-        InputError: an artefact's path that is not absolute, so that it would depend on the node; API keys.
+        InputError: an artefact's path that is not absolute, so that it would depend on the node; a file of keys or log.
     """
-    if config.api_keys:
-        raise keys.not_on_a_cluster()
+    refuse_files(config)
     for model in config.models:
         if not PurePosixPath(model.artifact).is_absolute():
             raise InputError(

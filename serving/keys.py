@@ -66,11 +66,6 @@ def read_keys(path: str | Path) -> dict[str, str]:
     return names
 
 
-def not_on_a_cluster() -> InputError:
-    """The error for a file of keys in the config of a service whose nodes are other machines."""
-    return InputError(f"api_keys is a file here: on a cluster set {KEYS_VARIABLE} and {LIMIT_VARIABLE} on each node")
-
-
 class KeyFile:
     """The keys of a file, read again within CHECK_S of a request after it changed, so that keys rotate without restart.
 

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
+from serving import traces
+
 Stage = Literal["decode", "queue", "run", "encode"]  # bytes to pixels; for a batch's turn; the batch; results to bytes
 T = TypeVar("T")
 _SECONDS: list[float] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
@@ -41,7 +43,9 @@ class ReplicaMetrics:
         """What `work` returns, timed unless it fails."""
         began = time.perf_counter()
         result = work(*args)
-        self._stages.observe(time.perf_counter() - began, {"stage": stage})
+        ended = time.perf_counter()
+        self._stages.observe(ended - began, {"stage": stage})
+        traces.stage(stage, began, ended)
         return result
 
     def batch(self, waited_s: Sequence[float], run_s: float, waiting: int) -> None:

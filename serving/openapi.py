@@ -79,6 +79,8 @@ def document(version: str) -> dict[str, Any]:
                 "detect", "The detections in an image",
                 ("score_threshold", "number", "the least score, not below the model's own"), _CLASSES,
                 ("annotate", "string", "png or jpeg: answer the picture with its boxes"),
+                ("classify", "string", "a classifier, asked about the same picture: its answer is `classification`"),
+                ("top_k", "integer", "how many classes of that"),
             )
         },
     }  # fmt: skip

@@ -20,7 +20,8 @@ from detection.masks import PastedMasks, RunLengths
 from serving.artifact import ClassifierArtifact, DetectorArtifact
 from serving.runtime import OnnxModel
 
-Source = bytes | str | Path | Pixels  # an image: encoded, of a path, or uint8 [H, W, 3] in RGB
+# An image: encoded, of a path, uint8 [H, W, 3] in RGB, or what `decode` gave
+Source = bytes | str | Path | Pixels | Image.Image
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ class Detector:
 
 
 def _picture(image: Source) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
     return Image.fromarray(image) if isinstance(image, np.ndarray) else decode(image)
 
 

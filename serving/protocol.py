@@ -66,7 +66,8 @@ async def attempt(work: Awaitable[T], timeout_s: float, what: str) -> T | Refusa
 
 async def respond(handler: Callable[[Request], Awaitable[Any]], request: Request, timeout_s: float) -> Response:
     """What `handler` returns, as JSON unless it is a response; what it raises, as the status that fits."""
-    answer = await attempt(handler(request), timeout_s, f"{request.method} {request.url.path}")
+    request_id = request.headers.get("x-request-id")
+    answer = await attempt(handler(request), timeout_s, f"{request.method} {request.url.path} ({request_id})")
     if isinstance(answer, Refusal):
         return answer.response()
     return answer if isinstance(answer, Response) else JSONResponse(answer)

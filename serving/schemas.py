@@ -38,12 +38,16 @@ class Box(TypedDict):
 
 
 class DetectAnswer(TypedDict):
-    """Detections, best first; `box` is x1, y1, x2, y2 in pixels of the upright original of `width` x `height`."""
+    """Detections, best first; `box` is x1, y1, x2, y2 in pixels of the upright original of `width` x `height`.
+
+    `classification` is the answer of a classifier that was asked about the same picture.
+    """
 
     model: str
     width: int
     height: int
     detections: list[Box]
+    classification: NotRequired[ClassifyAnswer]
 
 
 def class_indices(text: str, artifact: Artifact) -> tuple[int, ...]:

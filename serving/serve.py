@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import httpx
 
 from backbones.errors import InputError
+from serving.access_log import LOG_VARIABLE, check_log
 from serving.client import Client
-from serving.config import ServingConfig
+from serving.config import ServingConfig, refuse_files
 from serving.grpc_ingress import find_haproxy, write_haproxy
 from serving.grpc_service import grpc_options
-from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, not_on_a_cluster, read_keys
+from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, read_keys
 from serving.ray_start import start_ray
 
 if TYPE_CHECKING:
@@ -118,15 +119,17 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     grpc_port = ray_grpc_port = None if config.grpc_port is None else _free_port(config.host, config.grpc_port)
     config = config.model_copy(update={"models": models, "port": port, "grpc_port": grpc_port})
     local = "RAY_ADDRESS" not in os.environ
-    if config.api_keys and not local:
-        raise not_on_a_cluster()
+    if not local:
+        refuse_files(config)
     # Here, since a process of Ray's would not tell of a mistake in the file.
     key = next(iter(read_keys(config.api_keys))) if config.api_keys else None
+    if config.access_log:
+        check_log(config.access_log)
     with contextlib.ExitStack() as undo:
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            flags = _flags(scratch, say) | _key_flags(config)
+            flags = _flags(scratch, say) | _file_flags(config)
             if grpc_port is not None:
                 flags["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] = str(max(config.max_body_bytes, LEAST_MESSAGE_LIMIT))
                 if _uses_haproxy():
@@ -214,11 +217,16 @@ def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     return {name: value for name, value in flags.items() if name not in os.environ}
 
 
-def _key_flags(config: ServingConfig) -> dict[str, str]:
-    if config.api_keys is None:
-        return {}
-    flags = {KEYS_VARIABLE: str(Path(config.api_keys).resolve())}
-    return flags | ({LIMIT_VARIABLE: config.rate_limit} if config.rate_limit else {})
+def _file_flags(config: ServingConfig) -> dict[str, str]:
+    """What the middleware is told, which Ray makes in processes of its own."""
+    flags = {}
+    if config.access_log:
+        flags[LOG_VARIABLE] = str(Path(config.access_log).resolve())
+    if config.api_keys:
+        flags[KEYS_VARIABLE] = str(Path(config.api_keys).resolve())
+    if config.rate_limit:
+        flags[LIMIT_VARIABLE] = config.rate_limit
+    return flags
 
 
 def _uses_haproxy() -> bool:
