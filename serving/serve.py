@@ -43,7 +43,7 @@ COMMON = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # replicas without a GPU see none
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # three failures, and a proxy that ended has a successor
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three failures, and a proxy that ended has a successor
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
 }
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
