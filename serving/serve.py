@@ -44,6 +44,7 @@ COMMON = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three failures, and a proxy that ended has a successor
+    "RAY_worker_niceness": "0",  # 15 otherwise: a replica would wait for all else on the machine
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
 }
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
@@ -264,7 +265,12 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
     reserved = sum(math.ceil(model.num_cpus) * model.max_replicas for model in config.models)
-    start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
+    try:
+        start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
+    except Exception as error:  # Ray raises no class of its own when its node does not come up in time
+        raise InputError(
+            f"Ray did not start ({str(error).splitlines()[0]}): is the machine overloaded? try again"
+        ) from error
     wanted = sum(model.num_gpus * model.max_replicas for model in config.models)
     found = ray.cluster_resources().get("GPU", 0)
     if wanted > found:
