@@ -147,7 +147,8 @@ def _raw(url: str, kind: str, parts: list[bytes], pause_s: float, half_close: bo
         return Verdict(kind, None, seconds)
     status = int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.") else 0
     wrong = "" if status == 200 or status in REFUSALS else repr(answer[:300])
-    if not wrong and b"application/json" not in answer:
+    unread = answer.startswith(b"HTTP/1.1 400 Bad request\r\n")  # HAProxy on what is no HTTP; Starlette says "Request"
+    if not wrong and not unread and b"application/json" not in answer:
         wrong = f"no JSON: {answer[:300]!r}"
     return Verdict(kind, status, seconds, wrong)
 

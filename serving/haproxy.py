@@ -19,6 +19,7 @@ import socket
 import sys
 from pathlib import Path
 
+HEADERS_S = 30  # for a request's headers, which could come in drops for ever
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -42,13 +43,14 @@ def mend(config: str, listener: int, errors: Path) -> str:
         SystemExit: Ray writes something else by now.
     """
     # Before Ray has told it the routes, a new one would answer 404: it is to wait, on a socket that nobody knows.
-    bind = f"fd@{listener}" if "use_backend" in config else f"unix@{errors.parent}/no-routes.sock"
-    files = "".join(f"    errorfile {path.stem} {path}\n" for path in sorted(errors.glob("*.http")))
+    bind = f"fd@{listener}" if re.search(r"(?m)^ +use_backend ", config) else f"unix@{errors.parent}/no-routes.sock"
+    own = f"    timeout http-request {HEADERS_S}s\n"
+    own += "".join(f"    errorfile {path.stem} {path}\n" for path in sorted(errors.glob("*.http")))
     for pattern, wanted in (
         (r"(?m)(?<=^frontend prometheus\n    bind ):(?=\d+$)", "127.0.0.1:"),
         (r"(?m)(?<=^listen stats\n  bind )\*:(?=\d+$)", "127.0.0.1:"),
         (r"(?m)(?<=^frontend http_frontend\n    bind ).*$", bind),
-        (r"(?m)(^ *errorfile \d+ .*\n)+", files),
+        (r"(?m)(^ *errorfile \d+ .*\n)+", own),
     ):
         config, found = re.subn(pattern, wanted.replace("\\", r"\\"), config)
         if found != 1:

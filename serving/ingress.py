@@ -20,9 +20,8 @@ from serving.protocol import RETRY_AFTER_S
 
 POLL_S = 0.02
 BACKLOG = 4096  # connections that wait for a HAProxy, or as many as net.core.somaxconn allows
-ERRORS = {  # HAProxy's own answers
-    400: "no HTTP request: see /docs",
-    408: "the request came too slowly",
+ERRORS = {  # HAProxy's own answers, but for 400 to what is no HTTP at all
+    408: f"the request came too slowly: send its headers within {haproxy.HEADERS_S} s",
     500: "internal error",
     502: "a replica ended before it answered: try again",
     503: "no replica is ready: try again",
