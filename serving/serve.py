@@ -213,7 +213,8 @@ def _free_port() -> str:
 
 def _flags(config: ServingConfig, scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
-    flags = dict(COMMON)
+    # If this process is killed, Ray's agents look for a head that is gone as well: not for a minute.
+    flags = COMMON | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
     if _haproxy() is not None:
         flags |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.

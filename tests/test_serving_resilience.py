@@ -211,7 +211,7 @@ def test_sigkill_leaves_nothing_behind(process: tuple[subprocess.Popen[str], str
     below = tree(running.pid)
     running.kill()
     running.wait()
-    _gone(below, within_s=60)
+    _gone(below, within_s=40)
     port = int(url.rsplit(":", 1)[1])
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
