@@ -101,7 +101,7 @@ def questions(folder: Path) -> list[Question]:
 def running(folder: Path, slow: bool) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`python -m serving run` with two replicas of the classifier, and its URL."""
     port = int(_free_port())
-    detector = {"name": "detector", "artifact": str(artifact(DETECTOR))}
+    detector: Figures = {"name": "detector", "artifact": str(artifact(DETECTOR))}
     detector |= {"max_ongoing_requests": 8, "max_queued_requests": 8} if slow else {"max_queued_requests": 1024}
     classifier = {"name": "classifier", "artifact": str(artifact(NOTHING)), "replicas": 2, "threads": 1}
     config = folder / "serving.yaml"
@@ -168,7 +168,7 @@ def kills(pid: int, url: str, asked: list[Question]) -> Figures:
         }  # fmt: skip
         result["broken"] += _broken({
             f"{name}: the client library saw {library.failures()}": not library.failures(),
-            f"{name}: a bare client lost {len(lost)} requests, {len(late)} of them later ones": len(lost) <= half and not late,
+            f"{name}: bare clients lost {len(lost)} requests, {len(late)} begun later": len(lost) <= half and not late,
             f"{name}: as fast as before after {recovered} s": recovered is not None and recovered <= RECOVERY_S,
         })  # fmt: skip
     return result
