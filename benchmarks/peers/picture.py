@@ -1,0 +1,45 @@
+"""What every peer does with a picture: Pillow and numpy, as each project's own examples would; no other package.
+
+The artefact of MODEL takes uint8 [N, CROP, CROP, 3] and gives probabilities [N, C].
+"""
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image, ImageOps
+
+CROP = int(os.environ["CROP"])
+CORES = len(os.sched_getaffinity(0))
+
+
+def prepare(data: bytes) -> Any:
+    """The upright picture's middle square, uint8 [CROP, CROP, 3]."""
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    width, height = upright.size
+    scale = CROP / min(width, height)
+    resized = upright.resize(
+        (max(CROP, round(scale * width)), max(CROP, round(scale * height))), Image.Resampling.BICUBIC
+    )
+    left, top = (resized.width - CROP) // 2, (resized.height - CROP) // 2
+    return np.asarray(resized.crop((left, top, left + CROP, top + CROP)))
+
+
+class Model:
+    """The artefact on onnxruntime's CPU, by so many threads."""
+
+    def __init__(self, threads: int) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = ort.InferenceSession(os.environ["MODEL"], options, providers=["CPUExecutionProvider"])
+
+    def top5(self, pictures: list[Any]) -> list[dict[str, Any]]:
+        """The best five classes of each picture."""
+        (probabilities,) = self.session.run(["probabilities"], {"images": np.stack(pictures)})
+        return [
+            {"predictions": [{"index": int(i), "score": float(row[i])} for i in np.argsort(-row)[:5]]}
+            for row in probabilities
+        ]

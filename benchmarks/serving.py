@@ -1,0 +1,220 @@
+"""The service against a bare onnxruntime loop and against other servers, on this machine's CPU.
+
+    python -m benchmarks.serving [--parts bare peers] [--rounds 3] [--seconds 4] [--peers LitServe …] [--json FILE]
+
+bare: a classifier (cspresnet50 at 256², a photograph-sized JPEG) and a detector at saturation and with one client,
+against the best of three loops that decode and run the same JPEG in one process without HTTP.
+
+peers: a model that costs nothing and a small picture, so that what is measured is the server: this project's at its
+defaults, Ray Serve at its, LitServe, BentoML, and FastAPI on uvicorn (`benchmarks/peers/`), each on the same artefact.
+
+Every round starts and ends each server and lets each have its turn, so that no server idles beside another; figures
+are medians over the rounds, and ratios those of a round. Server and load (wrk, or without it processes of ours) share
+the machine's cores. Random weights. Artefacts and the peers' environments are kept in the user's cache: the first run
+takes some minutes more.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from backbones.cli import at_least
+from backbones.errors import exit_on_input_error
+from backbones.files import versions, write_json
+from backbones.preprocess import ClassifierPreprocess
+from benchmarks import bare, servers
+from benchmarks.contest import table
+from benchmarks.export import random_classifier, random_detector
+from benchmarks.load import load
+from serving.artifact import ClassifierArtifact, Parity, write_artifact
+from serving.export import run_export
+
+CLASSIFIER, DETECTOR, NOTHING = "cspresnet50", "fcos_cspresnet10_fpn", "nothing"
+SATURATING = 32  # clients
+CLIENTS = (1, 8, 32, 128)
+OURS = "cspnet"
+Figures = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=("bare", "peers"), default=("bare", "peers"))
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--seconds", type=at_least(1), default=4, help="of each measurement")
+    parser.add_argument("--peers", nargs="*", choices=servers.PEERS, default=list(servers.PEERS))
+    parser.add_argument("--models", nargs="+", choices=(CLASSIFIER, DETECTOR), default=(CLASSIFIER, DETECTOR))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    result: Figures = {"settings": vars(args) | {"json": None}, "versions": versions("ray", "onnxruntime-gpu")}
+    with tempfile.TemporaryDirectory() as folder:
+        if "bare" in args.parts:
+            result["bare"] = against_bare(args, Path(folder))
+            print("\n".join(bare_table(result["bare"])), flush=True)
+        if "peers" in args.parts:
+            result["peers"] = against_peers(args, Path(folder))
+            result["versions"] |= {name: servers.version(name) for name in args.peers}
+            print("\n".join(peers_table(result["peers"])), flush=True)
+    if args.json:
+        write_json(args.json, result)
+
+
+def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
+    """By model: images/s and ms of the service and of the loops in each round."""
+    picture = jpeg(folder / "photo.jpg", 640, 480)
+    models = {name: artifact(name) for name in args.models}
+    rounds: Figures = {name: [] for name in models}
+    for _ in range(args.rounds):
+        loops = {
+            name: {kind: loop(args.seconds) for kind, loop in bare.loops(path, picture.read_bytes()).items()}
+            for name, path in models.items()
+        }
+        latency = {name: bare.latency_ms(path, picture.read_bytes(), args.seconds) for name, path in models.items()}
+        with servers.ours(models, folder, picture) as running:
+            for name, server in running.items():
+                figures: Figures = {"loops": loops[name], "bare_ms": latency[name]}
+                figures["saturated"] = load(server.post, SATURATING, 2 * args.seconds)
+                figures["one"] = load(server.post, 1, args.seconds)
+                figures["share"] = figures["saturated"]["requests_per_s"] / max(loops[name].values())
+                figures["extra_ms"] = figures["one"]["p50_ms"] - latency[name]
+                rounds[name].append(figures)
+                print(json.dumps({name: figures}), flush=True)
+    return rounds
+
+
+def against_peers(args: argparse.Namespace, folder: Path) -> Figures:
+    """By server, a list of rounds; by number of clients: requests/s and the like."""
+    picture, path = jpeg(folder / "small.jpg", 64, 48), artifact(NOTHING)
+    rounds: Figures = {name: [] for name in (OURS, *args.peers)}
+    for turn in range(args.rounds):
+        names = list(rounds)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who comes first changes
+            figures: Figures = {"clients": {}}
+            if name == OURS:
+                with servers.ours({NOTHING: path}, folder, picture) as running:
+                    measure(running[NOTHING], args.seconds, figures)
+            else:
+                with servers.peer(name, path, folder, picture) as server:
+                    measure(server, args.seconds, figures)
+            rounds[name].append(figures)
+            print(json.dumps({name: figures}), flush=True)
+    return rounds
+
+
+def measure(server: servers.Running, seconds: float, figures: Figures) -> None:
+    """One server at each number of clients."""
+    figures["cold_start_s"] = server.cold_start_s
+    for clients in CLIENTS:
+        figures["clients"][clients] = load(server.post, clients, seconds)
+    figures["memory_mb"] = server.memory_mb()
+
+
+def artifact(name: str) -> Path:
+    """Exported with random weights, once."""
+    path = servers.CACHE / f"{name}.onnx"
+    if path.exists():
+        return path
+    servers.CACHE.mkdir(parents=True, exist_ok=True)
+    if name == NOTHING:
+        return write_nothing(path)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "w.safetensors"
+        (random_classifier if name == CLASSIFIER else random_detector)(name, weights)
+        run_export(str(weights), path)
+    return path
+
+
+def write_nothing(path: Path, crop: int = 32) -> Path:
+    """A classifier of three classes that costs nothing: the softmax of the mean of R, G and B."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),  # [N, H, W, 3]
+        helper.make_node("ReduceMean", ["pixels", "hw"], ["logits"], keepdims=0),  # [N, 3]
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    constants = [numpy_helper.from_array(np.array([1, 2]), "hw")]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", "H", "W", 3])
+    outputs = [helper.make_tensor_value_info(key, TensorProto.FLOAT, ["N", 3]) for key in ("logits", "probabilities")]
+    graph = helper.make_graph(nodes, NOTHING, [images], outputs, constants)
+    metadata = ClassifierArtifact(
+        model=NOTHING, classes=("red", "green", "blue"), preprocess=ClassifierPreprocess(resize=crop, crop=crop),
+        opset=18, gmacs=0.0, weights_sha256="0" * 64, config={}, versions={},
+        parity=Parity(batch_sizes=(1,), images=1, largest={}),
+    )  # fmt: skip
+    write_artifact(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), metadata, path)
+    onnx.checker.check_model(str(path))
+    return path
+
+
+def jpeg(path: Path, width: int, height: int) -> Path:
+    """Smooth noise, which compresses about as a photograph does."""
+    small = np.random.default_rng(0).integers(0, 255, (max(2, height // 8), max(2, width // 8), 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def bare_table(rounds: Figures) -> list[str]:
+    head = ["model", "images/s", "best loop", "share", "p50 of one client, ms", "bare, ms", "more, ms"]
+    rows = []
+    for name, turns in rounds.items():
+        kinds = turns[0]["loops"]
+        best = max(kinds, key=lambda kind: statistics.median(turn["loops"][kind] for turn in turns))
+        shares = [turn["share"] for turn in turns]
+        rows.append(
+            [
+                name,
+                _median(turn["saturated"]["requests_per_s"] for turn in turns),
+                f"{_median(turn['loops'][best] for turn in turns)}, {best}",
+                f"{statistics.median(shares):.2f} ({min(shares):.2f}…{max(shares):.2f})",
+                _median(turn["one"]["p50_ms"] for turn in turns),
+                _median(turn["bare_ms"] for turn in turns),
+                _median(turn["extra_ms"] for turn in turns),
+            ]
+        )
+    return table(head, rows)
+
+
+def peers_table(rounds: Figures) -> list[str]:
+    """Requests/s with p50 and p99 at each number of clients; and how many times each server's is ours."""
+    head = ["server", *(f"{clients} clients: req/s, p50 / p99 ms" for clients in CLIENTS)]
+    head += ["ours over it", "errors", "cold start, s", "memory, MB"]
+    rows = []
+    for name, turns in rounds.items():
+        cells, ratios = [], []
+        for clients in CLIENTS:
+            each = [turn["clients"][clients] for turn in turns]
+            p50, p99 = (_median(figures[key] for figures in each) for key in ("p50_ms", "p99_ms"))
+            cells.append(f"{_median(figures['requests_per_s'] for figures in each)}, {p50} / {p99}")
+            speeds = [
+                (us["clients"][clients], it["clients"][clients]) for us, it in zip(rounds[OURS], turns, strict=True)
+            ]
+            ratios.append(f"{statistics.median(us['requests_per_s'] / it['requests_per_s'] for us, it in speeds):.2f}")
+        errors = sum(int(figures["errors"]) for turn in turns for figures in turn["clients"].values())
+        rest = [
+            str(errors),
+            _median(turn["cold_start_s"] for turn in turns),
+            _median(turn["memory_mb"] for turn in turns),
+        ]
+        rows.append([name, *cells, " / ".join(ratios), *rest])
+    return table(head, rows)
+
+
+def _median(values: Any) -> str:
+    return f"{statistics.median(values):.4g}"
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
