@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, Response
 from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError, decode
 from detection.drawing import COLORS, draw_boxes
-from serving import keys, oip, openapi
+from serving import keys, oip, openapi, selftest
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
 from serving.config import ServedModel, ServingConfig
@@ -57,8 +57,8 @@ def route_prefix(name: str) -> str:
 
 
 class ModelReplica:
-    """One artefact behind HTTP. Its constructor runs the smallest and the largest batch, so that ready means warm; with
-    CUDA graphs all between, each of which is recorded.
+    """One artefact behind HTTP. Its constructor runs the smallest and the largest batch, so that ready means warm, and
+    one known image, which must be answered right; with CUDA graphs all sizes between, each of which is recorded.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
@@ -81,6 +81,7 @@ class ModelReplica:
         self.probe = self.predictor.prepare(_blank_image())
         for size in range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}:
             self.predictor.predict([self.probe] * size)
+        selftest.check(self.model)
         self.metrics = ReplicaMetrics(self.model.provider)
         self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size, self.metrics.batch)
         await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too
