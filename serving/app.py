@@ -1,12 +1,12 @@
 """Ray Serve's deployments: a thin shell round `predictor.py`; no torch here.
 
-One application a model, whose replicas decode and run, so that a body crosses one process; and a small one
-in front at `/`, which knows all of them. `serve.py` starts them on this machine.
+Replicas of a model, or of each of its versions, decode and run, so that a body crosses one process; a small one in
+front at `/` knows all of them. `applications.py` makes Ray's applications of them.
 """
 
 import asyncio
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,7 @@ from typing import Any, TypeVar, cast
 
 from PIL import Image
 from ray import serve
-from ray.serve import Deployment
-from ray.serve.config import BackpressureConfig
+from ray.serve.schema import ApplicationStatusOverview
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -28,15 +27,14 @@ from detection.drawing import COLORS, draw_boxes
 from serving import keys, oip, openapi, selftest
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batching import BatchQueue
-from serving.config import ServedModel, ServingConfig
 from serving.metrics import ReplicaMetrics
 from serving.predictor import create_predictor
 from serving.protocol import RETRY_AFTER_S, JsonErrors, Refusal, allow, number, read_body, read_query, refused, respond
 from serving.runtime import OnnxModel, Provider, usable_cores
 from serving.schemas import DEFAULT_TOP_K, DetectAnswer, class_indices, classify_answer, detect_answer
 from serving.uploads import read_upload
+from serving.versions import HEADER, Handed, Route, Versions, hand, read_path, route_prefix
 
-FRONT = "_front"  # no model's name, which starts with a letter or digit
 MAX_TOP_K = 100_000
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 STATUS_TIMEOUT_S = 10.0
@@ -51,11 +49,6 @@ PAGE_HEADERS = {  # the page has its own policy; this is what it cannot say itse
 T = TypeVar("T")
 
 
-def route_prefix(name: str) -> str:
-    """Where a model's application lies."""
-    return f"/v2/models/{name}"
-
-
 class ModelReplica:
     """One artefact behind HTTP. Its constructor runs the smallest and the largest batch, so that ready means warm, and
     one known image, which must be answered right; with CUDA graphs all sizes between, each of which is recorded.
@@ -64,7 +57,10 @@ class ModelReplica:
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
         name: str,
+        version: str,
+        routes: Sequence[Route],
         artifact: str,
+        sha256: str,
         provider: Provider,
         gpu_mem_limit: int | None,
         cuda_graphs: bool,
@@ -73,8 +69,10 @@ class ModelReplica:
         timeout_s: float,
         max_body_bytes: int,
     ) -> None:
-        self.name, self.timeout_s, self.max_body_bytes = name, timeout_s, max_body_bytes
+        self.name, self.version, self.timeout_s, self.max_body_bytes = name, version, timeout_s, max_body_bytes
         self.model = OnnxModel(artifact, provider, threads, cuda_graphs=cuda_graphs, gpu_mem_limit=gpu_mem_limit)
+        if self.model.sha256 != sha256:  # replicas of one version would give several answers
+            raise InputError(f"{artifact} is another file than the one that was checked: deploy it to serve it")
         self.predictor = cast(Any, create_predictor(self.model))  # what one prepares, the other does not take
         self.endpoint = ENDPOINTS[self.model.metadata.task]
         self.decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
@@ -83,15 +81,37 @@ class ModelReplica:
             self.predictor.predict([self.probe] * size)
         selftest.check(self.model)
         self.metrics = ReplicaMetrics(self.model.provider)
+        self.version_names = [route.version for route in routes]
+        self.versions = Versions(name, version, routes, timeout_s, self.metrics.copied)
         self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size, self.metrics.batch)
         await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too
         self.batches_seen = self.batches.batches
 
     async def __call__(self, request: Request) -> Response:
-        response = await respond(self._answer, request, self.timeout_s)
-        action = request.url.path.rsplit("/", 1)[-1]
-        self.metrics.answered(action if action in ACTIONS else "other", response.status_code)
+        version, shadows = self.versions.choose(request), self.versions.shadows(request)
+        if version == self.version and not shadows:
+            return await self._respond(self._answer, request)
+        return await self._respond(partial(self._hand_on, version, shadows), request)
+
+    async def answer_handed(self, handed: Handed) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Status, headers and body for a request that another version's replica was asked."""
+        response = await self._respond(self._answer, handed.request())
+        return response.status_code, response.raw_headers, bytes(response.body)
+
+    async def _respond(self, handler: Callable[[Request], Awaitable[Any]], request: Request) -> Response:
+        response = await respond(handler, request, self.timeout_s)
+        if HEADER not in response.headers:  # no other version's, which counts it itself
+            response.headers[HEADER] = self.version
+            action = request.url.path.rsplit("/", 1)[-1]
+            self.metrics.answered(action if action in ACTIONS else "other", response.status_code)
         return response
+
+    async def _hand_on(self, version: str, shadows: Sequence[Route], request: Request) -> Any:
+        handed = await hand(request, self.max_body_bytes)
+        for shadow in shadows:
+            self.versions.copy(shadow, handed)
+        response = await self.versions.ask(version, handed) if version != self.version else None
+        return response or await self._answer(handed.request())
 
     async def check_health(self) -> None:
         """Images that were answered since the last check prove as much as a probe behind them in the queue."""
@@ -101,11 +121,9 @@ class ModelReplica:
 
     async def _answer(self, request: Request) -> Any:
         path = route_prefix(self.name)
-        action = request.url.path.removeprefix(path).strip("/")
-        if action == "versions" or action.startswith("versions/"):
-            asked, _, action = action.removeprefix("versions").strip("/").partition("/")
-            if asked != oip.VERSION:
-                raise Refusal(404, f"no version {asked!r} of {self.name!r} here: there is {oip.VERSION}")
+        asked, action = read_path(request.url.path, self.name)
+        if asked not in (None, self.version):
+            raise Refusal(404, f"no version {asked!r} of {self.name!r} here: there is {', '.join(self.version_names)}")
         if not action:
             allow(request, "GET", "HEAD")
             return self._describe()
@@ -132,7 +150,7 @@ class ModelReplica:
         prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
         results = await asyncio.gather(*map(self.batches.submit, prepared))
         content, headers = await self._in_thread(
-            self.metrics.call, "encode", oip.render, asked, self.name, self.model.metadata, results
+            self.metrics.call, "encode", oip.render, asked, self.name, self.version, self.model.metadata, results
         )
         return Response(content, headers=headers)
 
@@ -191,7 +209,7 @@ class ModelReplica:
         metadata = self.model.metadata
         return {
             "name": self.name,
-            "versions": [oip.VERSION],
+            "versions": self.version_names,
             "platform": "onnxruntime_onnx",
             "inputs": [{"name": oip.INPUT, "datatype": "BYTES", "shape": [-1]}],  # or UINT8 [-1, -1, -1, 3]
             "outputs": [
@@ -228,11 +246,22 @@ def draw(image: bytes, answer: DetectAnswer, kind: str) -> Response:
     return Response(buffer.getvalue(), media_type=f"image/{kind}")
 
 
-class Front:
-    """What is said about the whole service. `tasks` by model name."""
+@dataclass(frozen=True)
+class Entry:
+    """A version of a model in the repository's index; `answers` is whether requests that name none come to it."""
 
-    def __init__(self, tasks: dict[str, str]):
-        self.tasks = tasks
+    name: str
+    version: str
+    task: str
+    application: str
+    answers: bool
+
+
+class Front:
+    """What is said about the whole service."""
+
+    def __init__(self, entries: Sequence[Entry]):
+        self.entries = entries
         self.page = Path(__file__).with_name("page.html").read_bytes()
         self.document = openapi.document(version("cspnet"))
 
@@ -261,7 +290,8 @@ class Front:
             return {"live": True}
         if path == "/v2/health/ready":
             allow(request, "GET", "HEAD")
-            waiting = [model["name"] for model in await self._index() if model["state"] != "READY"]
+            states = zip(self.entries, await self._index(), strict=True)
+            waiting = [entry.application for entry, row in states if entry.answers and row["state"] != "READY"]
             if waiting:
                 raise Refusal(503, f"not ready: {', '.join(waiting)}", {"Retry-After": str(RETRY_AFTER_S)})
             return {"ready": True}
@@ -270,99 +300,38 @@ class Front:
             return await self._index()
         if path.startswith("/v2/models/"):
             name = path.split("/")[3]
-            raise Refusal(404, f"no model {name!r} here: there are {', '.join(sorted(self.tasks))}")
+            raise Refusal(
+                404, f"no model {name!r} here: there are {', '.join(sorted({entry.name for entry in self.entries}))}"
+            )
         raise Refusal(404, f"nothing at {request.url.path}: see GET /v2, /v2/health/ready, POST /v2/repository/index")
 
     async def _index(self) -> list[dict[str, str]]:
         applications = (await asyncio.to_thread(serve.status)).applications
-        states = {name: str(application.status.value) for name, application in applications.items()}
+        states = {name: _state(application) for name, application in applications.items()}
+        rows = [(entry, states.get(entry.application, "NOT_STARTED")) for entry in self.entries]
         return [
             {
-                "name": name,
-                "version": oip.VERSION,
-                "state": "READY" if states.get(name) == "RUNNING" else "UNAVAILABLE",
-                "reason": "" if states.get(name) == "RUNNING" else states.get(name, "NOT_STARTED"),
-                "task": task,
+                "name": entry.name,
+                "version": entry.version,
+                "state": "READY" if state == "RUNNING" else "UNAVAILABLE",
+                "reason": "" if state == "RUNNING" else state,
+                "task": entry.task,
             }
-            for name, task in self.tasks.items()
+            for entry, state in rows
         ]
 
 
-@dataclass(frozen=True)
-class ServedApplication:
-    """A Ray Serve application, its name and the prefix of its paths."""
-
-    name: str
-    prefix: str
-    application: serve.Application
-
-
-def build(config: ServingConfig) -> list[ServedApplication]:
-    """The applications of a service, the one in front last. Artefacts are opened here to learn their tasks.
-
-    Raises:
-        InputError: an artefact is missing or broken.
-    """
-    tasks = {model.name: check_artifact(model) for model in config.models}
-    applications = [
-        ServedApplication(model.name, route_prefix(model.name), _model_application(model, config.max_body_bytes))
-        for model in config.models
-    ]
-    front = _deployment(Front).options(
-        name="front",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=64,
-        max_queued_requests=256,
-        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
-    )
-    return [*applications, ServedApplication(FRONT, "/", front.bind(tasks))]
-
-
-def check_artifact(model: ServedModel) -> str:
-    """An artefact's task, if onnxruntime can load it; on the CPU, wherever it will run.
-
-    Raises:
-        InputError: it is missing or broken, or finds no detections.
-    """
-    try:
-        return create_predictor(OnnxModel(model.artifact, "cpu", threads=1)).metadata.task
-    except InputError as error:
-        raise InputError(f"model {model.name!r}: {error}") from None
+def _state(application: ApplicationStatusOverview) -> str:
+    """RUNNING as long as each deployment has a replica that does, such as while new ones replace them."""
+    replicas: list[Mapping[Any, int]] = [deployment.replica_states for deployment in application.deployments.values()]
+    if replicas and all(states.get("RUNNING") for states in replicas):
+        return "RUNNING"
+    return str(application.status.value)
 
 
 def middlewares() -> list[Middleware]:
     """What Ray puts round every HTTP server of the service; `serve.py` names it to Ray."""
     return [Middleware(JsonErrors), *keys.from_environment()]
-
-
-def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:
-    deployment = _deployment(ModelReplica).options(
-        name=model.name,
-        num_replicas=None if model.autoscaling else model.replicas,
-        autoscaling_config=model.autoscaling.model_dump() if model.autoscaling else None,
-        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
-        max_ongoing_requests=model.max_ongoing_requests,
-        max_queued_requests=model.max_queued_requests,
-        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
-        max_constructor_retry_count=1,  # a bad artefact stays bad
-    )
-    return deployment.bind(
-        name=model.name,
-        artifact=model.artifact,
-        provider=model.provider,
-        gpu_mem_limit=model.gpu_mem_limit,
-        cuda_graphs=model.cuda_graphs,
-        threads=model.threads,
-        max_batch_size=model.max_batch_size,
-        timeout_s=model.timeout_s,
-        max_body_bytes=max_body_bytes,
-    )
-
-
-def _deployment(body: type) -> Deployment:
-    deployment = serve.deployment(body)
-    assert isinstance(deployment, Deployment)  # its annotation says otherwise
-    return deployment
 
 
 def _blank_image() -> bytes:

@@ -23,7 +23,6 @@ from serving.schemas import DEFAULT_TOP_K, class_indices, kept
 
 JSON_LENGTH = "Inference-Header-Content-Length"  # the header with the JSON's length, in bytes, where tensors follow it
 INPUT = "images"
-VERSION = "1"  # of every model: the protocol has no word for an artefact's hash
 MAX_IMAGES = 64  # of a request
 Tensor: TypeAlias = npt.NDArray[Any]
 _EXAMPLE = '{"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": ["<base64 of a JPEG>"]}]}'
@@ -129,7 +128,11 @@ def parse(body: bytes, json_length: str | None, artifact: Artifact) -> InferRequ
 
 
 def render(
-    request: InferRequest, model: str, artifact: Artifact, results: Sequence[Classification | Detections]
+    request: InferRequest,
+    model: str,
+    version: str,
+    artifact: Artifact,
+    results: Sequence[Classification | Detections],
 ) -> tuple[bytes, dict[str, str]]:
     """The body of an answer and its headers; of detections, rows beyond an image's `num_detections` are zeros."""
     chosen = [_choose(result, request, artifact) for result in results]
@@ -145,7 +148,7 @@ def render(
         else:
             output["data"] = values.ravel().tolist()
         outputs.append(output)
-    answer = {"model_name": model, "model_version": VERSION} | ({"id": request.id} if request.id else {})
+    answer = {"model_name": model, "model_version": version} | ({"id": request.id} if request.id else {})
     text = json.dumps(answer | {"outputs": outputs}).encode()
     if not any(request.outputs.values()):
         return text, {"content-type": "application/json"}

@@ -67,11 +67,19 @@ def allow(request: Request, *methods: str) -> None:
 
 
 async def read_body(request: Request, limit: int, what: str = "the bytes of a JPEG or PNG file") -> bytes:
-    """The whole body, given up as soon as it is known to pass `limit` bytes.
+    """`read_whole_body`, of a request that needs one.
 
     Args:
         what: the remedy for an empty one.
     """
+    body = await read_whole_body(request, limit)
+    if not body:
+        raise Refusal(400, f"the body is empty: send {what}")
+    return body
+
+
+async def read_whole_body(request: Request, limit: int) -> bytes:
+    """The whole body, given up as soon as it is known to pass `limit` bytes."""
     too_large = Refusal(413, f"the body is over {limit} bytes: send less at once, or raise max_body_bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -81,8 +89,6 @@ async def read_body(request: Request, limit: int, what: str = "the bytes of a JP
         body += chunk
         if len(body) > limit:
             raise too_large
-    if not body:
-        raise Refusal(400, f"the body is empty: send {what}")
     return bytes(body)
 
 

@@ -4,10 +4,9 @@ import contextlib
 import errno
 import importlib.util
 import io
-import logging
 import math
 import os
-import re
+import queue
 import shutil
 import signal
 import socket
@@ -28,9 +27,10 @@ from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, not_on_a_cluster, read_k
 from serving.ray_start import start_ray
 
 if TYPE_CHECKING:
-    from serving.app import ServedApplication
+    from serving.applications import ServedApplication
 
 POLL_S = 0.1
+ROOM = 3  # times the CPUs that a config's replicas reserve: beside them new ones start, or those of another config
 STOP_TIMEOUT_S = 8.0
 LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
@@ -46,8 +46,8 @@ COMMON = {
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # A lone machine has no load balancer to tell before it stops: no draining for its sake.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    # A lone machine has no load balancer to tell before it stops: a replica that ends answers until HAProxy has heard.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
 }
@@ -56,8 +56,26 @@ FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
 class RunningService:
     """A service that answers at `url` until `stop()`, or until its `with` block ends."""
 
-    def __init__(self, url: str, undo: contextlib.ExitStack):
-        self.url, self._undo = url, undo
+    def __init__(
+        self, url: str, config: ServingConfig, applications: list["ServedApplication"], undo: contextlib.ExitStack
+    ):
+        self.url, self._config, self._applications, self._undo = url, config, applications, undo
+
+    def update(self, config: ServingConfig) -> None:
+        """Serve another config's models in place of those that run, without a request that fails.
+
+        Raises:
+            InputError: an artefact or a value that cannot be served, or replicas that do not start; what ran before
+                goes on.
+        """
+        from serving.applications import build
+        from serving.rollout import check_unchanged, roll_out
+
+        config = _resolved(config, config.port or self._config.port)
+        check_unchanged(self._config, config)
+        applications = build(config)
+        roll_out(self._applications, applications, config.start_timeout_s)
+        self._config, self._applications[:] = config, applications  # in place: `stop` has the list
 
     def stop(self) -> None:
         """End every process of the service, or on a cluster delete its applications; harmless when repeated."""
@@ -70,24 +88,37 @@ class RunningService:
         self.stop()
 
 
-def run(config: ServingConfig) -> None:
-    """Serve until Ctrl-C or SIGTERM.
+def run(load: Callable[[], ServingConfig]) -> None:
+    """Serve until Ctrl-C or SIGTERM; SIGHUP loads the config again and rolls it out.
 
     Raises:
         InputError: as `start` does.
         KeyboardInterrupt: stopped before it was ready.
     """
     _on_signals(_interrupt)  # SIGINT as well: a shell script's background job starts with it ignored
-    service = start(config)
+    hangups: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda number, _: hangups.put(number))
+    service = start(load())
     try:
         _on_signals(_interrupt)  # Ray took SIGTERM
-        while True:
-            time.sleep(3600)
+        while hangups.get():
+            _update(service, load)
     except KeyboardInterrupt:
         print("stopping", flush=True)
     finally:
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
         service.stop()
+
+
+def _update(service: RunningService, load: Callable[[], ServingConfig]) -> None:
+    began = time.monotonic()
+    print("loading the config again", flush=True)
+    try:
+        service.update(load())
+    except InputError as error:
+        print(f"not rolled out, what ran before goes on: {error}", flush=True)
+    else:
+        print(f"rolled out after {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _on_signals(handler: Callable[..., object] | signal.Handlers) -> None:
@@ -111,9 +142,7 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     """
     say = say or (lambda line: print(line, flush=True))
     began = time.monotonic()
-    models = tuple(m.model_copy(update={"artifact": str(Path(m.artifact).resolve())}) for m in config.models)
-    port = _free_port(config.host, config.port)
-    config = config.model_copy(update={"models": models, "port": port})
+    config = _resolved(config, _free_port(config.host, config.port))
     local = "RAY_ADDRESS" not in os.environ
     if config.api_keys and not local:
         raise not_on_a_cluster()
@@ -130,37 +159,41 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         # Not before the environment is set, since Ray's constants are read as it is imported.
         import ray
 
-        from serving.app import build
+        from serving.applications import build
+        from serving.rollout import deploy
 
         applications = build(config)
         if ray.is_initialized():
             raise InputError("Ray already runs in this process: stop the other service or job first")
-        names = [application.name for application in applications]
-        undo.callback(_stop, None if local else names)
+        undo.callback(_stop, None if local else applications)
         _start_ray(config, local)
-        _deploy(config, applications)
-        deadline = began + config.start_timeout_s
-        _wait_until_running(names, config, deadline)
+        _start_serve(config)
+        deploy(applications, config.start_timeout_s)
         host = f"[{config.host}]" if ":" in config.host else config.host
-        url = f"http://{host}:{port}"
-        _wait_until_answering(url, key, config, deadline)
+        url = f"http://{host}:{config.port}"
+        _wait_until_answering(url, key, config, began + config.start_timeout_s)
         say(f"ready after {time.monotonic() - began:.0f} s")
         _introduce(url, key, config, say)
-        return RunningService(url, undo.pop_all())
+        return RunningService(url, config, applications, undo.pop_all())
 
 
-def _stop(names: Sequence[str] | None) -> None:
-    """Shut Serve down, or on a cluster delete the applications of these names, and leave Ray."""
+def _resolved(config: ServingConfig, port: int) -> ServingConfig:
+    """With the port that it serves at, and absolute paths."""
+    return config.model_copy(update={"models": tuple(model.resolved() for model in config.models), "port": port})
+
+
+def _stop(applications: Sequence["ServedApplication"] | None) -> None:
+    """Shut Serve down, or on a cluster delete these applications, and leave Ray."""
     import ray
     from ray import serve
     from ray.exceptions import RayError
 
     def end() -> None:
         with contextlib.suppress(RayError, SystemExit):  # a controller that never came up; or Ray, shut down meanwhile
-            if names is None:
+            if applications is None:
                 serve.shutdown()
-            for name in names or ():
-                serve.delete(name)
+            for application in applications or ():
+                serve.delete(application.name)
 
     if ray.is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
@@ -224,64 +257,33 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
         raise InputError(f"{socket_path} is too long for HAProxy's socket: set TMPDIR to a shorter path, such as /tmp")
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
-    reserved = sum(math.ceil(model.num_cpus) * model.max_replicas for model in config.models)
-    start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
-    wanted = sum(model.num_gpus * model.max_replicas for model in config.models)
+    replicas = [(model, model.max_replicas * len(model.served)) for model in config.models]
+    reserved = sum(math.ceil(model.num_cpus) * count for model, count in replicas)
+    start_ray(address="local", num_cpus=(os.cpu_count() or 1) + ROOM * reserved)
+    wanted = sum(model.num_gpus * count for model, count in replicas)
     found = ray.cluster_resources().get("GPU", 0)
     if wanted > found:
         raise InputError(f"the models ask for {wanted:g} GPUs and Ray finds {found:g}: lower num_gpus or replicas")
 
 
-def _deploy(config: ServingConfig, applications: Sequence["ServedApplication"]) -> None:
+def _start_serve(config: ServingConfig) -> None:
     from ray import serve
     from ray.exceptions import RayError
-    from ray.serve.schema import LoggingConfig
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    from serving.rollout import quiet
+
     options = {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s}
     try:
-        serve.start(http_options=options, logging_config=quiet)
+        serve.start(http_options=options, logging_config=quiet())
     except (RayError, TimeoutError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"Ray Serve did not start ({reason}): is the machine overloaded? try again") from None
-    targets = [
-        serve.RunTarget(target=a.application, name=a.name, route_prefix=a.prefix, logging_config=quiet)
-        for a in applications
-    ]
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-
-
-def _wait_until_running(names: Sequence[str], config: ServingConfig, deadline: float) -> None:
-    from ray import serve
-
-    while True:
-        applications = serve.status().applications
-        waiting = [name for name in names if name not in applications]
-        for name, application in applications.items():
-            if name not in names or application.status == "RUNNING":
-                continue
-            waiting.append(name)
-            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                messages = [application.message, *(d.message for d in application.deployments.values())]
-                raise InputError(f"model {name!r} does not start: {_reason(messages)}")
-        if not waiting:
-            return
-        if time.monotonic() > deadline:
-            raise _too_slow(waiting, config)
-        time.sleep(POLL_S)
-
-
-def _reason(messages: Sequence[str]) -> str:
-    """The line of Ray's report that says why: ours if a replica raised one, else the traceback's last."""
-    text = "\n".join(messages).replace("\\n", "\n")
-    ours = re.findall(r"InputError: (.+)", text)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ours[-1] if ours else lines[-1] if lines else "Ray says no more; its logs are in /tmp/ray"
 
 
 def _wait_until_answering(url: str, key: str | None, config: ServingConfig, deadline: float) -> None:
     """The ingress learns its routes a moment after the replicas are ready."""
+    from serving.rollout import too_slow
+
     paths = ["/v2/health/ready", *(f"/v2/models/{model.name}" for model in config.models)]
     headers = {"X-API-Key": key} if key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False) as client:
@@ -293,7 +295,7 @@ def _wait_until_answering(url: str, key: str | None, config: ServingConfig, dead
             except httpx.TransportError:
                 pass
             if time.monotonic() > deadline:
-                raise _too_slow(paths, config)
+                raise too_slow(paths, config.start_timeout_s)
             time.sleep(POLL_S)
 
 
@@ -304,11 +306,6 @@ def _metrics_url() -> str:
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-
-
-def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
-    names = ", ".join(waiting)
-    return InputError(f"{names} not ready within {config.start_timeout_s:g} s: raise start_timeout_s, or see /tmp/ray")
 
 
 def _introduce(url: str, key: str | None, config: ServingConfig, say: Callable[[str], object]) -> None:

@@ -15,7 +15,8 @@ from backbones.config import load_config
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
-from serving.serve import _has_haproxy, _reason, start
+from serving.rollout import reason
+from serving.serve import _has_haproxy, start
 
 CONFIG = Path(__file__).parent.parent / "configs/serving/local.yaml"
 
@@ -63,9 +64,9 @@ def test_bad_artefacts(tmp_path: Path) -> None:
 
 def test_reason_is_the_line_that_matters() -> None:
     ours = "Failed to update the deployments ['a'].\nTraceback:\n  raise\nbackbones.errors.InputError: no GPU\n"
-    assert _reason(["The deployment failed to start 3 times", ours]) == "no GPU"
-    assert _reason(["Traceback:\n  boom()\nRuntimeError: boom\n\n"]) == "RuntimeError: boom"
-    assert _reason([""]).startswith("Ray says no more")
+    assert reason(["The deployment failed to start 3 times", ours]) == "no GPU"
+    assert reason(["Traceback:\n  boom()\nRuntimeError: boom\n\n"]) == "RuntimeError: boom"
+    assert reason([""]).startswith("Ray says no more")
 
 
 def test_config_file() -> None:
