@@ -49,7 +49,6 @@ FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
     # A lone machine has no load balancer to tell before it stops: a replica that ends answers until HAProxy has heard.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
 }
 
 
@@ -152,7 +151,7 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            flags = _flags(scratch, say) | _key_flags(config)
+            flags = _flags(scratch, config, say) | _key_flags(config)
             for name in flags:
                 undo.callback(os.environ.pop, name, None)
             os.environ.update(flags)
@@ -217,11 +216,13 @@ def _free_port(host: str, port: int) -> int:
         return int(server.getsockname()[1])
 
 
-def _flags(scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
+def _flags(scratch: Path, config: ServingConfig, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
     flags = dict(COMMON)
     if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and _has_haproxy():
         flags |= FAST
+        # Of a HAProxy that another took over from: it may have requests to finish.
+        flags["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] = str(math.ceil(config.request_timeout_s) + 1)
         # Fixed ones otherwise, and a second service on the machine fails.
         flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(_free_port("0.0.0.0", 0))
         flags["RAY_SERVE_HAPROXY_STATS_PORT"] = str(_free_port("0.0.0.0", 0))

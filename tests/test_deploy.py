@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/serving/cluster.yaml"
 TARGETS = ("cpu", "cuda")
 # A lone machine's: a cluster's load balancers have to hear of a node's end.
-LOCAL = {name for name in FAST if "DRAINING" in name or "HARD_STOP" in name}
+LOCAL = {name for name in FAST if "DRAINING" in name}
 
 
 class Strict(BaseModel):
