@@ -16,8 +16,11 @@ POLL_S = 0.1
 FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 
 
-def deploy(applications: Sequence["ServedApplication"], timeout_s: float) -> None:
+def deploy(applications: Sequence["ServedApplication"], timeout_s: float, began: float | None = None) -> None:
     """Start applications, or roll new replicas in where one of the name runs, and return once all run.
+
+    Args:
+        timeout_s: counted from `began`, of `time.monotonic`, or from now.
 
     Raises:
         InputError: one does not start. Where one of its name ran, that one's replicas go on.
@@ -26,12 +29,13 @@ def deploy(applications: Sequence["ServedApplication"], timeout_s: float) -> Non
 
     if not applications:
         return
+    deadline = (began or time.monotonic()) + timeout_s
     targets = [
         serve.RunTarget(target=a.application, name=a.name, route_prefix=a.prefix, logging_config=quiet())
         for a in applications
     ]
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-    _wait_until_running([application.name for application in applications], timeout_s)
+    _wait_until_running([application.name for application in applications], deadline, timeout_s)
 
 
 def quiet() -> Any:
@@ -115,10 +119,9 @@ def _check_tasks(before: Mapping[str, "ServedApplication"], new: Sequence["Serve
             )
 
 
-def _wait_until_running(names: Sequence[str], timeout_s: float) -> None:
+def _wait_until_running(names: Sequence[str], deadline: float, timeout_s: float) -> None:
     from ray import serve
 
-    deadline = time.monotonic() + timeout_s
     while True:
         applications = serve.status().applications
         waiting = [name for name in names if name not in applications]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from serving.applications import ServedApplication
 
 POLL_S = 0.1
-ROOM = 3  # times the CPUs that a config's replicas reserve: beside them new ones start, or those of another config
+ROOM = 2  # times the CPUs that a config's replicas reserve: new ones start beside the old
 STOP_TIMEOUT_S = 8.0
 LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
@@ -58,7 +58,7 @@ class RunningService:
     def __init__(
         self, url: str, config: ServingConfig, applications: list["ServedApplication"], undo: contextlib.ExitStack
     ):
-        self.url, self._config, self._applications, self._undo = url, config, applications, undo
+        self.url, self._began_with, self._applications, self._undo = url, config, applications, undo
 
     def update(self, config: ServingConfig) -> None:
         """Serve another config's models in place of those that run, without a request that fails.
@@ -70,11 +70,11 @@ class RunningService:
         from serving.applications import build
         from serving.rollout import check_unchanged, roll_out
 
-        config = _resolved(config, config.port or self._config.port)
-        check_unchanged(self._config, config)
+        config = _resolved(config, config.port or self._began_with.port)
+        check_unchanged(self._began_with, config)
         applications = build(config)
         roll_out(self._applications, applications, config.start_timeout_s)
-        self._config, self._applications[:] = config, applications  # in place: `stop` has the list
+        self._applications[:] = applications  # in place: `stop` has the list
 
     def stop(self) -> None:
         """End every process of the service, or on a cluster delete its applications; harmless when repeated."""
@@ -167,7 +167,7 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         undo.callback(_stop, None if local else applications)
         _start_ray(config, local)
         _start_serve(config)
-        deploy(applications, config.start_timeout_s)
+        deploy(applications, config.start_timeout_s, began)
         host = f"[{config.host}]" if ":" in config.host else config.host
         url = f"http://{host}:{config.port}"
         _wait_until_answering(url, key, config, began + config.start_timeout_s)
