@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> None:
     from serving.config import ServingConfig
     from serving.serve import run
 
-    run(load_config(ServingConfig, args.config, args.overrides))
+    run(lambda: load_config(ServingConfig, args.config, args.overrides))
 
 
 def _deploy_config(args: argparse.Namespace) -> None:
@@ -134,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--force", action="store_true", help="write it even if it lost more or is not faster")
     command.set_defaults(run=_quantize)
 
-    command = commands.add_parser("run", help="serve artefacts on Ray Serve until Ctrl-C")
+    command = commands.add_parser(
+        "run", help="serve artefacts on Ray Serve until Ctrl-C; SIGHUP loads the config again"
+    )
     add_config_arguments(command)
     command.set_defaults(run=_run)
 

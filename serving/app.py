@@ -1,83 +1,51 @@
-"""Ray Serve's deployments: a thin shell round `predictor.py`; no torch here.
+"""A model's replicas on Ray Serve: a thin shell round `endpoints.py`; no torch here.
 
-One application a model, whose replicas decode and run, so that a body crosses one process; and a small one
-in front at `/`, which knows all of them. `serve.py` starts them on this machine.
+Replicas of a model, or of each of its versions, decode and run, so that a body crosses one process. `applications.py`
+makes Ray's applications of them.
 """
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
-from dataclasses import dataclass
+import json
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from PIL import Image
-from ray import serve
-from ray.serve import Deployment
-from ray.serve.config import BackpressureConfig
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
-from backbones.errors import InputError, unknown
-from backbones.preprocess import ClassifierPreprocess, ImageError, Pixels, decode
-from detection.drawing import COLORS, draw_boxes
-from serving import access_log, grpc_service, keys, oip, oip_grpc, oip_json, openapi, traces
-from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
-from serving.batching import BatchQueue
-from serving.beside import Classifiers
-from serving.config import ServedModel, ServingConfig
-from serving.grpc_service import FRONT
+from backbones.errors import InputError
+from backbones.preprocess import ClassifierPreprocess, Pixels
+from serving import access_log, grpc_service, keys, oip, oip_grpc, oip_json, selftest, traces
+from serving.artifact import Artifact, DetectorArtifact
+from serving.endpoints import Endpoints
 from serving.metrics import ReplicaMetrics
 from serving.predictor import create_predictor
-from serving.protocol import (
-    RETRY_AFTER_S,
-    JsonErrors,
-    Refusal,
-    allow,
-    number,
-    read_body,
-    read_query,
-    refused,
-    respond,
-    too_large,
-)
-from serving.runtime import OnnxModel, Provider, usable_cores
-from serving.schemas import DEFAULT_TOP_K, ClassifyAnswer, DetectAnswer, class_indices, classify_answer, detect_answer
-from serving.uploads import read_upload
+from serving.protocol import JsonErrors, Refusal, allow, attempt, read_body, refused, respond, too_large
+from serving.runtime import OnnxModel, Provider
+from serving.schemas import ClassifyAnswer
+from serving.versions import HEADER, Handed, Reply, Route, Versions, hand, read_path, route_prefix
 
-MAX_TOP_K = 100_000
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
-STATUS_TIMEOUT_S = 10.0
 ENDPOINTS = {"classification": "classify", "detection": "detect"}
 ACTIONS = (*ENDPOINTS.values(), "infer", "ready")  # what metrics tell apart
-PICTURES = ("png", "jpeg")  # formats of `annotate`
-PAGE_HEADERS = {  # the page has its own policy; this is what it cannot say itself
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-}
-T = TypeVar("T")
-
-
-def route_prefix(name: str) -> str:
-    """Where a model's application lies."""
-    return f"/v2/models/{name}"
 
 
 class ModelReplica:
-    """One artefact behind HTTP. Its constructor runs the smallest and the largest batch, so that ready means warm; with
-    CUDA graphs all between, each of which is recorded.
+    """One artefact behind HTTP and gRPC. Its constructor runs the smallest and the largest batch, so that ready means
+    warm, and one known image, which must be answered right; with CUDA graphs all sizes between, each of which is
+    recorded.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
         name: str,
+        version: str,
+        routes: Sequence[Route],
         artifact: str,
+        sha256: str,
         provider: Provider,
         gpu_mem_limit: int | None,
         cuda_graphs: bool,
@@ -86,29 +54,24 @@ class ModelReplica:
         timeout_s: float,
         max_body_bytes: int,
     ) -> None:
-        self.name, self.timeout_s, self.max_body_bytes = name, timeout_s, max_body_bytes
+        self.name, self.version, self.timeout_s, self.max_body_bytes = name, version, timeout_s, max_body_bytes
         self.model = OnnxModel(artifact, provider, threads, cuda_graphs=cuda_graphs, gpu_mem_limit=gpu_mem_limit)
-        self.predictor = cast(Any, create_predictor(self.model))  # what one prepares, the other does not take
+        if self.model.sha256 != sha256:  # replicas of one version would give several answers
+            raise InputError(f"{artifact} is another file than the one that was checked: deploy it to serve it")
+        predictor: Any = create_predictor(self.model)
         self.endpoint = ENDPOINTS[self.model.metadata.task]
-        self.decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
-        self.probe = self.predictor.prepare(_blank_image())
+        self.probe = predictor.prepare(_blank_image())
         for size in range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}:
-            self.predictor.predict([self.probe] * size)
-        self.classifiers = Classifiers()
+            predictor.predict([self.probe] * size)
+        selftest.check(self.model)
         self.traces = traces.from_environment()
         self.metrics = ReplicaMetrics(self.model.provider)
-        self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size, self.metrics.batch)
+        self.version_names = [route.version for route in routes]
+        self.versions = Versions(name, version, routes, timeout_s, self.metrics.copied)
+        self.endpoints = Endpoints(name, predictor, self.metrics, max_batch_size, max_body_bytes)
+        self.batches = self.endpoints.batches
         await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too
         self.batches_seen = self.batches.batches
-
-    async def __call__(self, request: Request) -> Response:
-        action = request.url.path.rsplit("/", 1)[-1]
-        action = action if action in ACTIONS else "other"
-        with self.traces.request(request, action, self.name) as said:
-            response = await respond(self._answer, request, self.timeout_s)
-            said["status"] = response.status_code
-        self.metrics.answered(action, response.status_code)
-        return response
 
     async def check_health(self) -> None:
         """Images that were answered since the last check prove as much as a probe behind them in the queue."""
@@ -116,23 +79,80 @@ class ModelReplica:
             await asyncio.wait_for(self.batches.submit(self.probe), PROBE_TIMEOUT_S)
         self.batches_seen = self.batches.batches
 
+    # For other replicas.
+
+    async def artifact(self) -> Artifact:
+        """What the model's artefact says."""
+        return self.model.metadata
+
+    async def classify_pixels(
+        self, pixels: Pixels, preprocess: ClassifierPreprocess, top_k: int
+    ) -> ClassifyAnswer | None:
+        """As `Endpoints.classify_pixels`."""
+        return await self.endpoints.classify_pixels(pixels, preprocess, top_k)
+
+    async def answer_handed(self, handed: Handed | bytes) -> Reply:
+        """The answer to a request that another version's replica was asked; of gRPC a ModelInferRequest's bytes."""
+        if isinstance(handed, bytes):
+            answered = await attempt(self._infer_here(handed), self.timeout_s, "ModelInfer")
+            self.metrics.answered("infer", answered.status if isinstance(answered, Refusal) else 200)
+            if isinstance(answered, Refusal):
+                return answered.status, [], answered.message.encode()
+            return 200, [], answered.SerializeToString()
+        response = await self._respond(self._answer, handed.request())
+        return response.status_code, response.raw_headers, bytes(response.body)
+
+    # HTTP.
+
+    async def __call__(self, request: Request) -> Response:
+        asked, action = read_path(request.url.path, self.name)
+        infers = bool(action) and request.method == "POST"
+        version = self.versions.choose(asked, infers)
+        shadows = self.versions.shadows(asked, infers)
+        if version == self.version and not shadows:
+            return await self._respond(self._answer, request)
+        return await self._respond(partial(self._hand_on, version, shadows), request)
+
+    async def _respond(self, handler: Callable[[Request], Awaitable[Any]], request: Request) -> Response:
+        action = request.url.path.rsplit("/", 1)[-1]
+        action = action if action in ACTIONS else "other"
+        with self.traces.request(request, action, self.name) as said:
+            response = await respond(handler, request, self.timeout_s)
+            said["status"] = response.status_code
+        if HEADER not in response.headers:  # no other version's, which counts it itself
+            response.headers[HEADER] = self.version
+            self.metrics.answered(action, response.status_code)
+        return response
+
+    async def _hand_on(self, version: str, shadows: Sequence[Route], request: Request) -> Any:
+        handed = await hand(request, self.max_body_bytes)
+        for shadow in shadows:
+            self.versions.copy(shadow, handed)
+        named = read_path(request.url.path, self.name)[0] is not None
+        reply = await self.versions.ask(version, handed, named) if version != self.version else None
+        if reply is None:
+            return await self._answer(handed.request())
+        status, headers, body = reply
+        response = Response(body, status)
+        response.raw_headers = headers
+        return response
+
     async def _answer(self, request: Request) -> Any:
         path = route_prefix(self.name)
-        action = request.url.path.removeprefix(path).strip("/")
-        if action == "versions" or action.startswith("versions/"):
-            version, _, action = action.removeprefix("versions").strip("/").partition("/")
-            self._check_version(version)
+        asked, action = read_path(request.url.path, self.name)
+        self._check_version(asked)
         if not action:
             allow(request, "GET", "HEAD")
             return self._describe()
         if action == "ready":
             allow(request, "GET", "HEAD")
-            return self._ready()
+            return {"name": self.name, "ready": True}  # a replica that answers is warm
         if action == "infer":
             allow(request, "POST")
             body = await read_body(request, self.max_body_bytes, "an inference request, as JSON")
             length = request.headers.get(oip_json.JSON_LENGTH)
-            content, headers = await self._infer(partial(oip_json.parse, body, length), oip_json.render)
+            parse = partial(oip_json.parse, body, length)
+            content, headers = await self.endpoints.infer(parse, oip_json.render, self.version)
             return Response(content, headers=headers)
         if action not in ENDPOINTS.values():
             raise Refusal(404, f"no {action!r} here: GET {path}, or POST …/{self.endpoint} an image")
@@ -140,151 +160,60 @@ class ModelReplica:
         if action != self.endpoint:
             task, path = self.model.metadata.task, f"{path}/{self.endpoint}"
             raise Refusal(400, f"{self.name!r} is a model for {task}: POST to {path}")
-        return await self._find(request)
+        return await self.endpoints.find(request)
 
-    # By gRPC's names: Ray calls them with a message's bytes.
+    def _check_version(self, asked: str | None) -> None:
+        if asked not in (None, self.version):
+            raise Refusal(404, f"no version {asked!r} of {self.name!r} here: there is {', '.join(self.version_names)}")
+
+    # gRPC, by its names: Ray calls them with a message's bytes.
 
     async def ModelReady(self, request: bytes, grpc_context: Any) -> Any:
-        return await self._answer_grpc("ModelReady", "ready", self._about(self._ready, request), grpc_context)
+        return await self._answer_grpc("ModelReady", "ready", self._about("/ready", request), grpc_context)
 
     async def ModelMetadata(self, request: bytes, grpc_context: Any) -> Any:
-        return await self._answer_grpc("ModelMetadata", "other", self._about(self._describe, request), grpc_context)
+        return await self._answer_grpc("ModelMetadata", "other", self._about("", request), grpc_context)
 
     async def ModelInfer(self, request: bytes, grpc_context: Any) -> Any:
-        return await self._answer_grpc("ModelInfer", "infer", self._infer_grpc(request), grpc_context)
+        return await self._answer_grpc("ModelInfer", "infer", self._infer(request), grpc_context)
 
     async def _answer_grpc(self, method: str, action: str, work: Awaitable[Any], context: Any) -> Any:
         answer, status = await grpc_service.answer(method, work, context, self.timeout_s)
         self.metrics.answered(action, status)
         return answer
 
-    async def _about(self, answer: Callable[[], dict[str, Any]], request: bytes) -> dict[str, Any]:
+    async def _about(self, path: str, request: bytes) -> Any:
+        """What HTTP answers at this path of the version that is asked for."""
         with refused():
-            asked = oip_grpc.read("ModelReadyRequest", request)  # all such have the same fields
-        self._check_version(asked.version)
-        return answer()
+            asked = oip_grpc.read("ModelReadyRequest", request).version  # all such have the same fields
+        handed = Handed("GET", route_prefix(self.name) + (f"/versions/{asked}" if asked else "") + path, b"", [], b"")
+        version = self.versions.choose(asked or None, infers=False)
+        if version == self.version:
+            return await self._answer(handed.request())
+        return json.loads(_content(await self.versions.ask(version, handed, named=True)))
 
-    async def _infer_grpc(self, request: bytes) -> Any:
+    async def _infer(self, request: bytes) -> Any:
         if len(request) > self.max_body_bytes:
             raise too_large(self.max_body_bytes)
-        return await self._infer(partial(oip_grpc.parse, request), oip_grpc.render)
-
-    def _check_version(self, version: str) -> None:
-        """Of gRPC, "" is any."""
-        if version not in ("", oip.VERSION):
-            raise Refusal(404, f"no version {version!r} of {self.name!r} here: there is {oip.VERSION}")
-
-    async def _infer(self, parse: Callable[[Artifact], oip.InferRequest], render: Callable[..., T]) -> T:
-        """Tensors to tensors, several images at once."""
         with refused():
-            asked = await self._in_thread(parse, self.model.metadata)
-        self._check_version(asked.version)
-        prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
-        results = await asyncio.gather(*map(self.batches.submit, prepared))
-        return await self._in_thread(
-            self.metrics.call, "encode", render, asked, self.name, self.model.metadata, results
-        )
+            asked = oip_grpc.read("ModelInferRequest", request).model_version or None
+        version = self.versions.choose(asked, infers=True)
+        for shadow in self.versions.shadows(asked, infers=True):
+            self.versions.copy(shadow, request)
+        reply = await self.versions.ask(version, request, asked is not None) if version != self.version else None
+        if reply is None:
+            return await self._infer_here(request, asked)
+        return oip_grpc.read("ModelInferResponse", _content(reply))
 
-    def _prepare(self, asked: oip.InferRequest, i: int) -> Any:
-        try:
-            return self.metrics.call("decode", self.predictor.prepare, asked.images[i])
-        except ImageError as error:
-            raise ImageError(f"element {i} of {len(asked.images)}: {error}") from None
-
-    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Off the event loop, which has no time for it."""
-        run = copy_context().run  # the thread notes stages of this request
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, run, work, *args)
-
-    async def _find(self, request: Request) -> Any:
-        """An image or several to what people read; of several, a bad one is an error in its place."""
-        answer, picture = self._read_query(request)
-        one = await self._beside(request, answer) or partial(self._one, answer=answer)
-        upload = await read_upload(request, self.max_body_bytes)
-        if not upload.several:
-            found = await one(upload.images[0])
-            return await self._in_thread(draw, upload.images[0], found, picture) if picture else found
-        if picture:
-            raise Refusal(400, f"annotate={picture} answers one picture: send one image at a time")
-
-        async def entry(name: str, image: bytes) -> dict[str, Any]:
-            try:
-                return {"name": name, **await one(image)}
-            except ImageError as error:
-                return {"name": name, "error": str(error)}
-
-        return {"results": await asyncio.gather(*map(entry, upload.names, upload.images))}
-
-    async def _one(self, image: bytes, answer: Callable[[Any], Any]) -> Any:
-        prepared = await self._in_thread(self.metrics.call, "decode", self.predictor.prepare, image)
-        return await self._run(prepared, answer)
-
-    async def _run(self, prepared: Any, answer: Callable[[Any], Any]) -> Any:
-        found = await self.batches.submit(prepared)
-        if getattr(found, "masks", None) is None:
-            return self.metrics.call("encode", answer, found)
-        return await self._in_thread(self.metrics.call, "encode", answer, found)  # masks are pasted as they are read
-
-    async def _beside(self, request: Request, answer: Callable[[Any], Any]) -> Callable[[bytes], Awaitable[Any]] | None:
-        """`_one` with a classifier's answer in it, of the picture that was decoded once; None if none was asked for."""
-        name = request.query_params.get("classify")
-        if name is None:
-            return None
-        top_k = number(request.query_params, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
-        if name == self.name:
-            raise Refusal(400, f"{name!r} is this model, for detection: classify names a classifier")
-        classifier = await self.classifiers.find(name)
-
-        async def both(image: bytes) -> dict[str, Any]:
-            prepare = partial(classifier.prepare, image, self.predictor.prepare)
-            prepared, pixels = await self._in_thread(self.metrics.call, "decode", prepare)
-            classified = self.classifiers.classify(classifier, pixels, top_k)
-            found, classification = await asyncio.gather(self._run(prepared, answer), classified)
-            return {**found, "classification": classification}
-
-        return both
-
-    async def artifact(self) -> Artifact:
-        """For the replicas of other models."""
-        return self.model.metadata
-
-    async def classify_pixels(
-        self, pixels: Pixels, preprocess: ClassifierPreprocess, top_k: int
-    ) -> ClassifyAnswer | None:
-        """For the replicas of detectors: pixels [crop, crop, 3]. None if this model prepares otherwise."""
-        metadata = self.model.metadata
-        if not isinstance(metadata, ClassifierArtifact) or metadata.preprocess != preprocess:
-            return None
-        return cast(ClassifyAnswer, await self._run(pixels, partial(classify_answer, metadata, top_k=top_k)))
-
-    def _read_query(self, request: Request) -> tuple[Callable[[Any], Any], str | None]:
-        """What makes an answer of a result, and the format of a picture, if one is to be the answer."""
-        metadata = self.model.metadata
-        if isinstance(metadata, ClassifierArtifact):
-            query = read_query(request, "top_k", "classes")
-            top_k = number(query, "top_k", int, 1, MAX_TOP_K) or DEFAULT_TOP_K
-            return partial(classify_answer, metadata, top_k=top_k, classes=_classes(query, metadata)), None
-        query = read_query(request, "score_threshold", "classes", "annotate", "classify", "top_k")
-        if "top_k" in query and "classify" not in query:
-            raise Refusal(400, "top_k is of the classes that classify=NAME, a classifier, finds: give it too")
-        # Below the artefact's own threshold there is nothing to return.
-        threshold = number(query, "score_threshold", float, metadata.score_threshold, 1)
-        picture = query.get("annotate")
-        if picture not in (None, *PICTURES):
-            raise Refusal(400, str(unknown("value of annotate", picture, PICTURES)))
-        if picture and "classify" in query:
-            raise Refusal(400, "annotate answers a picture, which holds no classes: leave out annotate or classify")
-        classes = _classes(query, metadata)
-        return partial(detect_answer, metadata, score_threshold=threshold, classes=classes), picture
-
-    def _ready(self) -> dict[str, Any]:
-        return {"name": self.name, "ready": True}  # a replica that answers is warm
+    async def _infer_here(self, request: bytes, asked: str | None = None) -> Any:
+        self._check_version(asked)
+        return await self.endpoints.infer(partial(oip_grpc.parse, request), oip_grpc.render, self.version)
 
     def _describe(self) -> dict[str, Any]:
         metadata = self.model.metadata
         return {
             "name": self.name,
-            "versions": [oip.VERSION],
+            "versions": self.version_names,
             "platform": oip.PLATFORM,
             "inputs": [{"name": oip.INPUT, "datatype": "BYTES", "shape": [-1]}],  # or UINT8 [-1, -1, -1, 3]
             "outputs": [
@@ -305,177 +234,23 @@ class ModelReplica:
         }
 
 
-def _classes(query: Mapping[str, str], metadata: Artifact) -> tuple[int, ...] | None:
-    with refused():
-        return class_indices(query["classes"], metadata) if "classes" in query else None
-
-
-def draw(image: bytes, answer: DetectAnswer, kind: str) -> Response:
-    """The upright image with its detections, the best on top."""
-    picture, found = decode(image), answer["detections"][::-1]
-    texts = [f"{box['label']} {box['score']:.2f}" for box in found]
-    colors = [COLORS[box["category_id"] % len(COLORS)] for box in found]
-    draw_boxes(picture, [box["box"] for box in found], texts, colors)
-    buffer = io.BytesIO()
-    picture.save(buffer, kind)
-    return Response(buffer.getvalue(), media_type=f"image/{kind}")
-
-
-class Front:
-    """What is said about the whole service. `tasks` by model name."""
-
-    def __init__(self, tasks: dict[str, str]):
-        self.tasks = tasks
-        self.page = Path(__file__).with_name("page.html").read_bytes()
-        self.document = openapi.document(version("cspnet"))
-        self.about = {"name": "cspnet", "version": version("cspnet"), "extensions": oip.EXTENSIONS}
-
-    async def __call__(self, request: Request) -> Response:
-        return await respond(self._answer, request, STATUS_TIMEOUT_S)
-
-    async def _answer(self, request: Request) -> Any:
-        path = request.url.path.rstrip("/")
-        if not path:
-            allow(request, "GET", "HEAD")
-            return HTMLResponse(self.page, headers=PAGE_HEADERS)
-        if path in ("/docs", "/openapi.json"):
-            allow(request, "GET", "HEAD")
-            if path == "/docs":
-                return HTMLResponse(openapi.page(self.document), headers=PAGE_HEADERS)
-            return self.document
-        if path == "/v2":
-            allow(request, "GET", "HEAD")
-            return self.about
-        if path == "/v2/health/live":
-            allow(request, "GET", "HEAD")
-            return {"live": True}
-        if path == "/v2/health/ready":
-            allow(request, "GET", "HEAD")
-            waiting = await self._waiting()
-            if waiting:
-                raise Refusal(503, f"not ready: {', '.join(waiting)}", {"Retry-After": str(RETRY_AFTER_S)})
-            return {"ready": True}
-        if path == "/v2/repository/index":
-            allow(request, "POST")
-            return await self._index()
-        if path.startswith("/v2/models/"):
-            name = path.split("/")[3]
-            raise Refusal(404, f"no model {name!r} here: there are {', '.join(sorted(self.tasks))}")
-        raise Refusal(404, f"nothing at {request.url.path}: see GET /v2, /v2/health/ready, POST /v2/repository/index")
-
-    # By gRPC's names: Ray calls them with a message's bytes, which say nothing here.
-
-    async def ServerLive(self, request: bytes, grpc_context: Any) -> Any:
-        return oip_grpc.MESSAGES["ServerLiveResponse"](live=True)
-
-    async def ServerReady(self, request: bytes, grpc_context: Any) -> Any:
-        async def ready() -> dict[str, Any]:
-            return {"ready": not await self._waiting()}
-
-        return (await grpc_service.answer("ServerReady", ready(), grpc_context, STATUS_TIMEOUT_S))[0]
-
-    async def ServerMetadata(self, request: bytes, grpc_context: Any) -> Any:
-        return oip_grpc.MESSAGES["ServerMetadataResponse"](**self.about)
-
-    async def RepositoryIndex(self, request: bytes, grpc_context: Any) -> Any:
-        async def models() -> dict[str, Any]:
-            return {"models": [{k: v for k, v in model.items() if k != "task"} for model in await self._index()]}
-
-        return (await grpc_service.answer("RepositoryIndex", models(), grpc_context, STATUS_TIMEOUT_S))[0]
-
-    async def _waiting(self) -> list[str]:
-        return [model["name"] for model in await self._index() if model["state"] != "READY"]
-
-    async def _index(self) -> list[dict[str, str]]:
-        applications = (await asyncio.to_thread(serve.status)).applications
-        states = {name: str(application.status.value) for name, application in applications.items()}
-        return [
-            {
-                "name": name,
-                "version": oip.VERSION,
-                "state": "READY" if states.get(name) == "RUNNING" else "UNAVAILABLE",
-                "reason": "" if states.get(name) == "RUNNING" else states.get(name, "NOT_STARTED"),
-                "task": task,
-            }
-            for name, task in self.tasks.items()
-        ]
-
-
-@dataclass(frozen=True)
-class ServedApplication:
-    """A Ray Serve application, its name and the prefix of its paths."""
-
-    name: str
-    prefix: str
-    application: serve.Application
-
-
-def build(config: ServingConfig) -> list[ServedApplication]:
-    """The applications of a service, the one in front last. Artefacts are opened here to learn their tasks.
+def _content(reply: Reply | None) -> bytes:
+    """A reply's body, if it is an answer.
 
     Raises:
-        InputError: an artefact is missing or broken.
+        Refusal: it is none.
     """
-    tasks = {model.name: check_artifact(model) for model in config.models}
-    applications = [
-        ServedApplication(model.name, route_prefix(model.name), _model_application(model, config.max_body_bytes))
-        for model in config.models
-    ]
-    front = _deployment(Front).options(
-        name="front",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=64,
-        max_queued_requests=256,
-        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
-    )
-    return [*applications, ServedApplication(FRONT, "/", front.bind(tasks))]
-
-
-def check_artifact(model: ServedModel) -> str:
-    """An artefact's task, if onnxruntime can load it; on the CPU, wherever it will run.
-
-    Raises:
-        InputError: it is missing or broken, or finds no detections.
-    """
-    try:
-        return create_predictor(OnnxModel(model.artifact, "cpu", threads=1)).metadata.task
-    except InputError as error:
-        raise InputError(f"model {model.name!r}: {error}") from None
+    assert reply is not None, "a version that is asked by its name answers or is refused"
+    status, _, content = reply
+    if status != 200:
+        message = json.loads(content)["error"] if content.startswith(b"{") else content.decode()
+        raise Refusal(status, message)
+    return content
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray puts round every HTTP server of the service; `serve.py` names it to Ray."""
+    """What Ray puts round every HTTP server of the service; `environment.py` names it to Ray."""
     return [Middleware(JsonErrors), *keys.from_environment(), access_log.from_environment()]  # the last is outermost
-
-
-def _model_application(model: ServedModel, max_body_bytes: int) -> serve.Application:
-    deployment = _deployment(ModelReplica).options(
-        name=model.name,
-        num_replicas=None if model.autoscaling else model.replicas,
-        autoscaling_config=model.autoscaling.model_dump() if model.autoscaling else None,
-        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
-        max_ongoing_requests=model.max_ongoing_requests,
-        max_queued_requests=model.max_queued_requests,
-        backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
-        max_constructor_retry_count=1,  # a bad artefact stays bad
-    )
-    return deployment.bind(
-        name=model.name,
-        artifact=model.artifact,
-        provider=model.provider,
-        gpu_mem_limit=model.gpu_mem_limit,
-        cuda_graphs=model.cuda_graphs,
-        threads=model.threads,
-        max_batch_size=model.max_batch_size,
-        timeout_s=model.timeout_s,
-        max_body_bytes=max_body_bytes,
-    )
-
-
-def _deployment(body: type) -> Deployment:
-    deployment = serve.deployment(body)
-    assert isinstance(deployment, Deployment)  # its annotation says otherwise
-    return deployment
 
 
 def _blank_image() -> bytes:

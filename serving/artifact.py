@@ -68,6 +68,22 @@ class Quantization(Section):
     forced: bool = False
 
 
+class SelfTest(Section):
+    """What the artefact answered to a known image, of `serving.selftest`, when it was made.
+
+    Attributes:
+        image: its number.
+        indices: the best classes, or the classes of the best detections, into `classes`; empty if nothing was found.
+        values: their logits, or the detections' scores.
+        boxes: of the detections: x1, y1, x2, y2 in pixels of the image.
+    """
+
+    image: int
+    indices: tuple[int, ...]
+    values: tuple[float, ...]
+    boxes: tuple[tuple[float, ...], ...] = ()
+
+
 class _Artifact(Section):
     schema_version: Literal[2] = 2
     model: str
@@ -80,6 +96,7 @@ class _Artifact(Section):
     versions: dict[str, str]
     parity: Parity
     quantization: Quantization | None = None
+    self_test: SelfTest | None = None  # none of raw heads, which are no answer yet
 
 
 class ClassifierArtifact(_Artifact):

@@ -1,5 +1,7 @@
 """The config of a service; no torch here."""
 
+from pathlib import Path
+
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
@@ -8,6 +10,8 @@ from backbones.schema import Section
 from serving.access_log import LOG_VARIABLE
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, RateLimit
 from serving.providers import ON_GPU, Provider, check_gpu_options
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Autoscaling(Section):
@@ -28,12 +32,33 @@ class Autoscaling(Section):
         return self
 
 
-class ServedModel(Section):
-    """One artefact and the replicas that serve it."""
+class ServedVersion(Section):
+    """An artefact under a model's name, beside others."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # the model's name in URLs
+    version: str = Field(pattern=_NAME)
     artifact: str
-    replicas: int = Field(default=1, ge=1)
+    weight: float = Field(default=1, ge=0)  # its share of the requests that name no version, relative to the others'
+    shadow: float = Field(default=0, ge=0, le=1)  # the share of them that it gets copies of, answering nobody
+
+    @model_validator(mode="after")
+    def _answers_or_listens(self) -> Self:
+        if self.shadow and "weight" in self.model_fields_set:
+            raise ValueError("weight and shadow exclude each other: a shadow answers nobody; leave one of them out")
+        return self
+
+    @property
+    def share(self) -> float:
+        """Its weight among those that answer."""
+        return 0 if self.shadow else self.weight
+
+
+class ServedModel(Section):
+    """One artefact, or several versions of it, and the replicas that serve each."""
+
+    name: str = Field(pattern=_NAME)  # the model's name in URLs
+    artifact: str | None = None  # of version 1, if that is all, or
+    versions: tuple[ServedVersion, ...] = ()
+    replicas: int = Field(default=1, ge=1)  # of each version, as what follows
     autoscaling: Autoscaling | None = None  # in place of `replicas`
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)  # of each replica; a fraction shares a GPU
@@ -45,6 +70,18 @@ class ServedModel(Section):
     max_ongoing_requests: int = Field(default=64, ge=1)  # at least the batch size, or batches never fill
     max_queued_requests: int = Field(default=256, ge=1)  # beyond these a client gets 503 at once
     timeout_s: float = Field(default=30, gt=0)
+    max_surge_percent: int = Field(default=25, ge=0, le=100)  # replicas more, rounded up, while new ones replace old
+
+    @model_validator(mode="after")
+    def _versions_agree(self) -> Self:
+        if (self.artifact is None) == (not self.versions):
+            raise ValueError("give either artifact or versions")
+        names = [version.version for version in self.versions]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two versions have one name among {', '.join(names)}: give each its own")
+        if self.versions and not any(version.share for version in self.versions):
+            raise ValueError("no version has a weight above 0, so none would answer: give one of them a weight")
+        return self
 
     @model_validator(mode="after")
     def _values_agree(self) -> Self:
@@ -66,8 +103,20 @@ class ServedModel(Section):
 
     @property
     def max_replicas(self) -> int:
-        """Replicas at the most."""
+        """Replicas of a version at the most."""
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+    @property
+    def served(self) -> tuple[ServedVersion, ...]:
+        """Its versions, the one with most weight first: its replicas own the model's path."""
+        alone = () if self.artifact is None else (ServedVersion(version="1", artifact=self.artifact),)
+        return tuple(sorted(self.versions or alone, key=lambda version: -version.share))
+
+    def resolved(self) -> "ServedModel":
+        """With absolute paths: Ray's processes run elsewhere."""
+        here = {"artifact": self.artifact and str(Path(self.artifact).resolve())}
+        versions = [v.model_copy(update={"artifact": str(Path(v.artifact).resolve())}) for v in self.versions]
+        return self.model_copy(update={**here, "versions": tuple(versions)})
 
 
 class ServingConfig(Section):
@@ -90,6 +139,10 @@ class ServingConfig(Section):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two models are named {twice.pop()!r}: give each its own name")
+        # HAProxy knows the applications of further versions by these names.
+        further = {f"{model.name}_{version.version}" for model in models for version in model.served[1:]}
+        if further & set(names):
+            raise ValueError(f"model {(further & set(names)).pop()!r} is named as another's version: rename it")
         return models
 
     @property

@@ -4,14 +4,15 @@
 a `ServingConfig` again: what `python -m serving run` starts on one machine is what starts there.
 """
 
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 from ray import serve
 
 from backbones.errors import InputError
-from serving.app import build, route_prefix
-from serving.config import ServingConfig, refuse_files
+from serving.applications import application_names, build
+from serving.config import ServedModel, ServingConfig, refuse_files
 from serving.grpc_service import FRONT, grpc_options
 
 _OF_THE_SERVER = {"host", "port", "grpc_port", "start_timeout_s"}  # not of an application
@@ -25,10 +26,12 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
     """
     refuse_files(config)
     for model in config.models:
-        if not PurePosixPath(model.artifact).is_absolute():
-            raise InputError(
-                f"model {model.name!r}: artifact {model.artifact} must be an absolute path, the same on every node"
-            )
+        for version in model.served:
+            if not PurePosixPath(version.artifact).is_absolute():
+                raise InputError(
+                    f"model {model.name!r}: artifact {version.artifact} must be an absolute path, "
+                    "the same on every node"
+                )
     grpc = {}
     if config.grpc_port is not None:
         grpc["grpc_options"] = grpc_options(config.grpc_port, config.request_timeout_s)
@@ -42,15 +45,7 @@ def serve_config(config: ServingConfig) -> dict[str, Any]:
         **grpc,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [
-            *(
-                _application(
-                    model.name,
-                    route_prefix(model.name),
-                    "model_application",
-                    config.model_copy(update={"models": (model,)}),
-                )
-                for model in config.models
-            ),
+            *(application for model in config.models for application in _model_applications(config, model)),
             _application(FRONT, "/", "front_application", config),
         ],
     }
@@ -65,6 +60,22 @@ def model_application(config: ServingConfig) -> serve.Application:
     return build(config)[0].application
 
 
+class VersionConfig(ServingConfig):
+    """The config of one model, and which of its further versions is meant."""
+
+    version: str
+
+
+def version_application(config: VersionConfig) -> serve.Application:
+    """The application of a further version of the one model of `config`.
+
+    Raises:
+        InputError: an artefact is missing or broken.
+    """
+    name, _ = application_names(config.models[0])[config.version]
+    return next(application.application for application in build(config) if application.name == name)
+
+
 def front_application(config: ServingConfig) -> serve.Application:
     """The application in front of all models of `config`.
 
@@ -72,6 +83,15 @@ def front_application(config: ServingConfig) -> serve.Application:
         InputError: an artefact is missing or broken.
     """
     return build(config)[-1].application
+
+
+def _model_applications(config: ServingConfig, model: ServedModel) -> Iterator[dict[str, Any]]:
+    alone = config.model_copy(update={"models": (model,)})
+    for i, (version, (name, prefix)) in enumerate(application_names(model).items()):
+        application = _application(name, prefix, "version_application" if i else "model_application", alone)
+        if i:
+            application["args"]["version"] = version
+        yield application
 
 
 def _application(name: str, prefix: str, builder: str, config: ServingConfig) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def _facts(description: dict[str, Any], artifact: Artifact) -> Iterator[tuple[st
         yield "", f"{parity.unmatched} of {parity.detections} detections unmatched"
     if parity.agreement is not None:
         yield "", f"the same best class for {parity.agreement:.1%} of the images"
+    yield "self-test", _self_test(artifact)
     made = artifact.quantization
     if made is not None:
         yield (
@@ -103,6 +104,17 @@ def _facts(description: dict[str, Any], artifact: Artifact) -> Iterator[tuple[st
     yield "made with", ", ".join(f"{name} {version}" for name, version in artifact.versions.items())
     yield "weights", f"SHA-256 {artifact.weights_sha256}"
     yield "file", f"SHA-256 {description['sha256']}"
+
+
+def _self_test(artifact: Artifact) -> str:
+    kept = artifact.self_test
+    if kept is None:
+        return "none"
+    if not kept.indices:
+        return "nothing is found in the known images: a weak test"
+    what = "logits" if isinstance(artifact, ClassifierArtifact) else "detections"
+    best = f"{artifact.classes[kept.indices[0]]} {kept.values[0]:.3g}"
+    return f"{len(kept.indices)} {what} of known image {kept.image}, the best {best}"
 
 
 def _shortened(names: Sequence[str]) -> str:

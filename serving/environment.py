@@ -1,4 +1,4 @@
-"""What Ray's processes read from the environment as they start, and the HAProxy that they start; no Ray, no torch here."""
+"""What Ray's processes read from the environment as they start, and ports for them; no Ray, no torch here."""
 
 import errno
 import math

@@ -102,7 +102,7 @@ class EndpointSource:
 
 
 def _find_model(client: Client, network: str) -> str:
-    names = [str(entry["name"]) for entry in client.models()]
+    names = list(dict.fromkeys(str(entry["name"]) for entry in client.models()))  # of several versions once
     network = ALIASES.get(network, network)
     found = [name for name in names if client.artifact(name).model == network]
     if len(found) != 1:

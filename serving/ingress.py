@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 
@@ -37,12 +38,13 @@ class Ingress:
         listener: bound; it belongs to the ingress from now on.
         scratch: a folder of its own, for a socket and small files.
         binary: HAProxy.
+        configs: files for it to read after Ray's.
 
     Attributes:
         program: what Ray is to start as HAProxy.
     """
 
-    def __init__(self, listener: socket.socket, scratch: Path, binary: str):
+    def __init__(self, listener: socket.socket, scratch: Path, binary: str, configs: Sequence[Path] = ()):
         self._listener, self._running = listener, list[int]()  # as pidfds
         listener.listen(BACKLOG)
         channel, errors = scratch / "listener.sock", scratch / "errors"
@@ -51,7 +53,8 @@ class Ingress:
             (errors / f"{status}.http").write_bytes(_answer(status, message))
         self.program = scratch / "haproxy"
         command = [sys.executable, "-I", haproxy.__file__, binary, str(channel), str(errors)]
-        self.program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        further = shlex.join(part for config in configs for part in ("-f", str(config)))
+        self.program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@" {further}\n')
         self.program.chmod(0o700)
         self._channel = socket.socket(socket.AF_UNIX)
         self._channel.bind(str(channel))

@@ -26,6 +26,7 @@ class ReplicaMetrics:
 
     def __init__(self, provider: str) -> None:
         tags: Any = ("action", "code")  # Ray's annotation allows for one
+        copies: Any = ("version", "outcome")
         self._requests = Counter("cspnet_requests", "Requests that were answered, by action and HTTP status", tags)
         self._stages = Histogram(
             "cspnet_stage_seconds", "Seconds of an image in a stage; run is a batch's", _SECONDS, ("stage",)
@@ -34,10 +35,15 @@ class ReplicaMetrics:
         self._waiting = Gauge("cspnet_waiting_images", "Images that wait for a batch as one begins")
         self._replica = Gauge("cspnet_replica", "1, by provider", ("provider",))
         self._replica.set(1, {"provider": provider})
+        self._copies = Counter("cspnet_shadow_copies", "Copies for shadows, by what came of them", copies)
 
     def answered(self, action: str, status: int) -> None:
         """A request, whatever its answer."""
         self._requests.inc(1, {"action": action, "code": str(status)})
+
+    def copied(self, version: str, outcome: str) -> None:
+        """A request that a shadow was to get a copy of: answered, failed or dropped."""
+        self._copies.inc(1, {"version": version, "outcome": outcome})
 
     def call(self, stage: Stage, work: Callable[..., T], *args: object) -> T:
         """What `work` returns, timed unless it fails."""

@@ -21,7 +21,6 @@ from serving.predictor import Classification, Detections
 from serving.schemas import DEFAULT_TOP_K, class_indices, kept
 
 INPUT = "images"
-VERSION = "1"  # of every model: the protocol has no word for an artefact's hash
 PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 MAX_IMAGES = 64  # of a request
@@ -42,14 +41,12 @@ class InferRequest:
     """What a request asks for.
 
     Attributes:
-        version: of the model; "" is any.
         outputs: the wanted tensors by name, each with whether it is to be bytes, after JSON.
         top_k: the most classes or detections of an image.
         classes: indices of those to keep; None keeps all.
     """
 
     id: str
-    version: str
     images: Images
     outputs: Mapping[str, bool]
     top_k: int | None
@@ -74,7 +71,7 @@ def check_input(names: Sequence[str]) -> None:
 
 
 def ask(
-    id: str, version: str, images: Images, outputs: Mapping[str, bool], parameters: Parameters, artifact: Artifact
+    id: str, images: Images, outputs: Mapping[str, bool], parameters: Parameters, artifact: Artifact
 ) -> InferRequest:
     """The request for these images.
 
@@ -87,7 +84,6 @@ def ask(
     _check_threshold(parameters.score_threshold, artifact)
     return InferRequest(
         id=id,
-        version=version,
         images=images,
         outputs=outputs,
         top_k=parameters.top_k,

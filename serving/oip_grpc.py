@@ -139,7 +139,6 @@ def parse(data: bytes, artifact: Artifact) -> oip.InferRequest:
     images = _images(request.inputs[0], request.raw_input_contents)
     return oip.ask(
         id=request.id,
-        version=request.model_version,
         images=images,
         outputs=dict.fromkeys(outputs, True),
         parameters=parameters,
@@ -148,10 +147,14 @@ def parse(data: bytes, artifact: Artifact) -> oip.InferRequest:
 
 
 def render(
-    request: oip.InferRequest, model: str, artifact: Artifact, results: Sequence[Classification | Detections]
+    request: oip.InferRequest,
+    model: str,
+    version: str,
+    artifact: Artifact,
+    results: Sequence[Classification | Detections],
 ) -> Any:
     """The answer, a `ModelInferResponse`."""
-    answer = MESSAGES["ModelInferResponse"](model_name=model, model_version=oip.VERSION, id=request.id)
+    answer = MESSAGES["ModelInferResponse"](model_name=model, model_version=version, id=request.id)
     for name, (datatype, values) in oip.to_tensors(request, artifact, results).items():
         answer.outputs.add(name=name, datatype=datatype, shape=values.shape)
         answer.raw_output_contents.append(oip.to_bytes(values))

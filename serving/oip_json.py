@@ -74,7 +74,6 @@ def parse(body: bytes, json_length: str | None, artifact: Artifact) -> oip.Infer
     outputs = {output.name: output.parameters.binary_data for output in request.outputs}
     return oip.ask(
         id=request.id,
-        version="",  # the path says it
         images=_images(request.inputs[0], tail),
         outputs={
             name: asked.binary_data_output if binary is None else binary
@@ -86,7 +85,11 @@ def parse(body: bytes, json_length: str | None, artifact: Artifact) -> oip.Infer
 
 
 def render(
-    request: oip.InferRequest, model: str, artifact: Artifact, results: Sequence[Classification | Detections]
+    request: oip.InferRequest,
+    model: str,
+    version: str,
+    artifact: Artifact,
+    results: Sequence[Classification | Detections],
 ) -> tuple[bytes, dict[str, str]]:
     """The body of an answer and its headers."""
     outputs, tail = [], bytearray()
@@ -99,7 +102,7 @@ def render(
         else:
             output["data"] = values.ravel().tolist()
         outputs.append(output)
-    answer = {"model_name": model, "model_version": oip.VERSION} | ({"id": request.id} if request.id else {})
+    answer = {"model_name": model, "model_version": version} | ({"id": request.id} if request.id else {})
     text = json.dumps(answer | {"outputs": outputs}).encode()
     if not any(request.outputs.values()):
         return text, {"content-type": "application/json"}

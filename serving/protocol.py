@@ -85,11 +85,19 @@ def too_large(limit: int) -> Refusal:
 
 
 async def read_body(request: Request, limit: int, what: str = "the bytes of a JPEG or PNG file") -> bytes:
-    """The whole body, given up as soon as it is known to pass `limit` bytes.
+    """`read_whole_body`, of a request that needs one.
 
     Args:
         what: the remedy for an empty one.
     """
+    body = await read_whole_body(request, limit)
+    if not body:
+        raise Refusal(400, f"the body is empty: send {what}")
+    return body
+
+
+async def read_whole_body(request: Request, limit: int) -> bytes:
+    """The whole body, given up as soon as it is known to pass `limit` bytes."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise too_large(limit)
@@ -98,8 +106,6 @@ async def read_body(request: Request, limit: int, what: str = "the bytes of a JP
         body += chunk
         if len(body) > limit:
             raise too_large(limit)
-    if not body:
-        raise Refusal(400, f"the body is empty: send {what}")
     return bytes(body)
 
 

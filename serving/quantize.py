@@ -21,6 +21,7 @@ from backbones.layouts import Source
 from backbones.progress import progress
 from detection.coco import read_coco
 from detection.config import DetectorConfig
+from serving import selftest
 from serving.artifact import Artifact, ClassifierArtifact, Parity, Quantization, read_whole, write_artifact
 from serving.calibrate import METHODS, Method, Ranges, measure_ranges
 from serving.evaluate import ArtifactSource, run_eval
@@ -116,7 +117,10 @@ def run_quantize(
     # Parity is of a graph that does what PyTorch does; this one's proof is the figures above.
     made = artifact.model_copy(update={"precision": "int8", "quantization": said, "parity": Parity()})
     with write_aside(output) as aside:
-        write_artifact(search.make(best.method, best.kept), made, aside)
+        quantized = search.make(best.method, best.kept)
+        write_artifact(quantized, made, aside)
+        made = made.model_copy(update={"self_test": selftest.record(OnnxModel(aside, "cpu"))})
+        write_artifact(quantized, made, aside)
     return made
 
 

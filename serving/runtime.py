@@ -31,6 +31,7 @@ class OnnxModel:
 
     Attributes:
         metadata: what the artefact says about itself.
+        sha256: of its file.
         provider: onnxruntime's name of the execution provider in use, or `OpenVINO`.
         inputs, outputs: by name, onnxruntime's name of the type and the shape; what is no int is of any size.
 
@@ -62,13 +63,13 @@ class OnnxModel:
     ):
         check_gpu_options(provider, gpu_mem_limit, cuda_graphs)
         self.path = Path(path)
-        content, _, self.metadata, sha256 = read_whole(path)
+        content, _, self.metadata, self.sha256 = read_whole(path)
         threads = threads or usable_cores()
 
         def open_session(wanted: Provider) -> _Session:
             if wanted == "openvino":
-                return _openvino(self.path, content, sha256, threads, cache)
-            return OrtSession(self.path, content, sha256, wanted, threads, cache, gpu_mem_limit, cuda_graphs)
+                return _openvino(self.path, content, self.sha256, threads, cache)
+            return OrtSession(self.path, content, self.sha256, wanted, threads, cache, gpu_mem_limit, cuda_graphs)
 
         best = provider == "auto"
         self._session = _best(open_session, _sample(self.metadata)) if best else open_session(provider)

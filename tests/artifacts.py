@@ -13,10 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess, canvases
-from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, write_artifact
+from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, read_whole, write_artifact
+from serving.runtime import OnnxModel
+from serving.selftest import record
 
 COLOURS = ("red", "green", "blue")
-RGB = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
+RGB = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220), "white": (255, 255, 255)}
 BOXES = ((0.25, 0.25, 0.75, 0.75), (0.0, 0.0, 0.5, 1.0))  # of the image's width and height
 SCORES = (0.9, 0.6)
 LABELS = (2, 1)
@@ -39,32 +41,38 @@ def picture(colour: str, size: tuple[int, int] = (60, 40), kind: str = "PNG") ->
     return buffer.getvalue()
 
 
-def write_classifier(path: Path, work: int = 0, crop: int = 32) -> Path:
+def write_classifier(
+    path: Path, work: int = 0, crop: int = 32, name: str = "colours", hangs: bool = False, batch: int | str = "N"
+) -> Path:
     """Answers an image's main colour: probabilities are the softmax of the mean of R, G and B, over 16.
 
     Args:
         work: multiplications of two 768 x 768 matrices to do for each batch, to be as slow as a real model.
+        name: what it says that it is.
+        hangs: on a white image it does not end.
+        batch: the one size that it takes.
     """
     nodes = [
         helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),  # [N, H, W, 3]
         helper.make_node("ReduceMean", ["pixels", "hw"], ["means"], keepdims=0),  # [N, 3]
         helper.make_node("Div", ["means", "sixteen"], ["scaled"]),
-        *_busy(work),
+        *(_endless_on_white() if hangs else []),
+        *_busy(work or hangs),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
     ]
     constants = {
         "hw": np.array([1, 2], dtype=np.int64),
         "sixteen": np.array(16, dtype=np.float32),
-        "trips": np.array(work, dtype=np.int64),
+        **({"almost_white": np.float32([254.5]), "endless": np.array(2**62)} if hangs else {"trips": np.array(work)}),
         "start": np.zeros((768, 768), dtype=np.float32),
         "zero": np.array(0, dtype=np.float32),
         "true": np.array(True),
     }
     outputs = [_value("logits", TensorProto.FLOAT, ["N", 3]), _value("probabilities", TensorProto.FLOAT, ["N", 3])]
     metadata = ClassifierArtifact(
-        model="colours", classes=COLOURS, preprocess=ClassifierPreprocess(resize=crop, crop=crop), **_COMMON
+        model=name, classes=COLOURS, preprocess=ClassifierPreprocess(resize=crop, crop=crop), **_COMMON
     )
-    return _write(path, nodes, constants, [_images()], outputs, metadata)
+    return _write(path, nodes, constants, [_images(batch)], outputs, metadata)
 
 
 def write_detector(path: Path, score_threshold: float = 0.5) -> Path:
@@ -110,6 +118,25 @@ def write_detector(path: Path, score_threshold: float = 0.5) -> Path:
     return _write(path, nodes, constants, inputs, outputs, metadata)
 
 
+def keep_answer(path: Path) -> Path:
+    """Let an artefact keep its answer to a known image, as those that are exported do."""
+    _, graph, artifact, _ = read_whole(path)
+    kept = record(OnnxModel(path, "cpu", cache=False))
+    write_artifact(graph, artifact.model_copy(update={"self_test": kept}), path)
+    return path
+
+
+def _endless_on_white() -> list[onnx.NodeProto]:
+    """How often `_busy` is to multiply."""
+    return [
+        helper.make_node("ReduceMin", ["means"], ["darkest"], keepdims=0),
+        helper.make_node("Greater", ["darkest", "almost_white"], ["white"]),
+        helper.make_node("Cast", ["white"], ["any"], to=TensorProto.INT64),
+        helper.make_node("Mul", ["any", "endless"], ["many"]),
+        helper.make_node("Squeeze", ["many"], ["trips"]),
+    ]
+
+
 def _busy(work: int) -> list[onnx.NodeProto]:
     """`scaled` to `logits`, unchanged; a loop keeps the graph small and is not folded away."""
     if not work:
@@ -127,8 +154,8 @@ def _busy(work: int) -> list[onnx.NodeProto]:
     ]
 
 
-def _images() -> onnx.ValueInfoProto:
-    return _value("images", TensorProto.UINT8, ["N", "H", "W", 3])
+def _images(batch: int | str = "N") -> onnx.ValueInfoProto:
+    return _value("images", TensorProto.UINT8, [batch, "H", "W", 3])
 
 
 def _value(name: str, kind: int, shape: list[Any] | None) -> onnx.ValueInfoProto:

@@ -23,14 +23,14 @@ from kubernetes import client
 from pydantic import BaseModel, ConfigDict, Field
 
 from backbones.config import load_config
-from serving.config import ServedModel, ServingConfig
-from serving.serve import COMMON, FAST
+from serving.config import ServedModel, ServedVersion, ServingConfig
+from serving.environment import COMMON, FAST
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/serving/cluster.yaml"
 TARGETS = ("cpu", "cuda")
 # A lone machine's: a cluster's load balancers have to hear of a node's end.
-LOCAL = {name for name in FAST if "DRAINING" in name or "HARD_STOP" in name}
+LOCAL = {name for name in FAST if "DRAINING" in name}
 
 
 class Strict(BaseModel):
@@ -176,7 +176,7 @@ for application in serve_config(config)["applications"]:
     deployment = build(import_attr(application["import_path"]), application["args"])._bound_deployment
     options = deployment.ray_actor_options
     built.append([application["route_prefix"], deployment.name, deployment.num_replicas, options["num_cpus"],
-                  deployment.init_kwargs.get("max_body_bytes"), list(deployment.init_args)])
+                  deployment.init_kwargs.get("max_body_bytes"), deployment.init_kwargs.get("version")])
 print(json.dumps(built))
 """
 
@@ -186,13 +186,20 @@ def test_ray_builds_from_the_config_what_a_lone_machine_serves(tmp_path):
         max_body_bytes=1234,
         models=(
             ServedModel(name="a", artifact=str(write_classifier(tmp_path / "a.onnx")), replicas=3, num_cpus=2),
-            ServedModel(name="b", artifact=str(write_detector(tmp_path / "b.onnx"))),
+            ServedModel(
+                name="b",
+                versions=(
+                    ServedVersion(version="1", artifact=str(write_detector(tmp_path / "b.onnx")), weight=0.1),
+                    ServedVersion(version="2", artifact=str(tmp_path / "b.onnx"), weight=0.9),
+                ),
+            ),
         ),
     )
     assert in_new_process(BUILD, config.model_dump_json()) == [
-        ["/v2/models/a", "a", 3, 2, 1234, []],
-        ["/v2/models/b", "b", 1, 1, 1234, []],
-        ["/", "front", 1, 0, None, [{"a": "classification", "b": "detection"}]],
+        ["/v2/models/a", "a", 3, 2, 1234, "1"],
+        ["/v2/models/b", "b", 1, 1, 1234, "2"],
+        ["/v2/models/b/versions/1", "b", 1, 1, 1234, "1"],
+        ["/", "front", 1, 0, None, None],
     ]
 
 
@@ -207,7 +214,8 @@ def test_pods_are_what_kubernetes_knows(service):
 def test_every_node_has_rays_flags_the_artefacts_and_probes(service):
     wanted = {**COMMON, **{name: value for name, value in FAST.items() if name not in LOCAL}}
     assert {"RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"} <= wanted.keys() and LOCAL
-    folders = {str(Path(model.artifact).parent) for model in load_config(ServingConfig, CONFIG).models}
+    models = load_config(ServingConfig, CONFIG).models
+    folders = {str(Path(version.artifact).parent) for model in models for version in model.served}
     for group in groups(service):
         pod, box = group.template["spec"], container(group)
         env = {entry["name"]: entry["value"] for entry in box["env"]}

@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import pytest
 
-from serving.grpc_ingress import find_haproxy, write_haproxy
+from serving.environment import find_haproxy
+from serving.grpc_ingress import write_frontend
 from serving.grpc_service import add_to_server
 from serving.oip_grpc import MESSAGES
-from serving.serve import _has_haproxy
 
 SERVICE = "/inference.GRPCInferenceService"
 KEY = "a-key-of-some-length"
@@ -52,16 +52,16 @@ def through_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
     """A call through the frontend, with `Echo` in the place of Ray's."""
     folder, port, behind = tmp_path_factory.mktemp("haproxy"), free_port(), free_port()
     haproxy = find_haproxy()
-    if not _has_haproxy() or haproxy is None:
+    if haproxy is None:
         pytest.skip("no HAProxy")
     (folder / "ray.cfg").write_text("defaults\n  mode http\n  timeout client 5s\n")
-    program = write_haproxy(folder, haproxy, "127.0.0.1", port, behind)
+    frontend = write_frontend(folder, "127.0.0.1", port, behind)
     server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.max_receive_message_length", -1)])
     server.add_generic_rpc_handlers((Echo(),))
     server.add_insecure_port(f"127.0.0.1:{behind}")
     server.start()
     with open(folder / "log", "w+") as log, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        process = subprocess.Popen([program, "-db", "-f", folder / "ray.cfg"], stdout=log, stderr=log)
+        process = subprocess.Popen([haproxy, "-db", "-f", folder / "ray.cfg", "-f", frontend], stdout=log, stderr=log)
         try:
             grpc.channel_ready_future(channel).result(20)
 

@@ -44,7 +44,7 @@ def parse(artifact: Artifact, *inputs: dict[str, Any], **others: Any) -> oip.Inf
 
 
 def answer(request: oip.InferRequest, artifact: Artifact, *results: Classification | Detections) -> dict[str, Any]:
-    content, headers = oip_json.render(request, "m", artifact, results)
+    content, headers = oip_json.render(request, "m", "1", artifact, results)
     assert headers == {"content-type": "application/json"}
     values: dict[str, Any] = json.loads(content)
     return values
@@ -119,7 +119,7 @@ def test_tritonclient_sends_and_reads(classifier: Artifact, detector: Artifact, 
     body, length = http.InferenceServerClient.generate_request_body([images], outputs, parameters={"top_k": 1})
     request = oip_json.parse(body, str(length), detector)
     assert request.images == (JPEG, b"x\x00")
-    content, headers = oip_json.render(request, "m", detector, [FOUND, NONE])
+    content, headers = oip_json.render(request, "m", "1", detector, [FOUND, NONE])
     said = headers.get(oip_json.JSON_LENGTH)
     assert (said is not None) == binary
     result = http.InferenceServerClient.parse_response_body(content, header_length=int(said) if said else None)

@@ -13,10 +13,9 @@ from PIL import Image
 
 from backbones.errors import InputError
 from detection.masks import PastedMasks, decode
-from serving.app import check_artifact
+from serving.applications import check_artifact
 from serving.artifact import DetectorArtifact
 from serving.batch import run_batch
-from serving.config import ServedModel
 from serving.evaluate import ArtifactSource
 from serving.predictor import Detections, Detector, create_predictor
 from serving.results import Row, read_results, to_table
@@ -99,7 +98,7 @@ def test_raw_heads_are_refused_everywhere(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=refused):
         create_predictor(OnnxModel(raw, "cpu"))
     with pytest.raises(InputError, match=f"model 'm': .*{refused}"):
-        check_artifact(ServedModel(name="m", artifact=str(raw)))
+        check_artifact("m", str(raw))
     with pytest.raises(InputError, match=refused):
         run_batch(raw, tmp_path / "image.png", tmp_path / "r.parquet")
     with pytest.raises(InputError, match=refused):

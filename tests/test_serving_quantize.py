@@ -24,6 +24,8 @@ from serving.calibrate import METHODS, measure_ranges
 from serving.evaluate import ArtifactSource, run_eval
 from serving.qdq import HEADS, activations, chains, exclusions, products, quantize
 from serving.quantize import Candidate, calibration_images, choose, problem, run_quantize, speedup
+from serving.runtime import OnnxModel
+from serving.selftest import check
 from serving.shapes import background, draw_detection
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "quickstart"
@@ -213,7 +215,8 @@ def test_artefact_is_as_accurate_as_it_says(data, written, tmp_path):
     assert about.before == 1
     result, _ = run_eval(config, [*overrides, f"output={tmp_path}"], ArtifactSource(written[0], "cpu"))
     assert result["top1"] == about.after > 0.8
-    changed = {"precision", "quantization", "parity"}
+    check(OnnxModel(written[0], "cpu"))
+    changed = {"precision", "quantization", "parity", "self_test"}
     assert made.model_dump(exclude=changed) == original.model_dump(exclude=changed)
     assert written[0].stat().st_size < 0.4 * model.stat().st_size
 

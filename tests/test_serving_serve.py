@@ -15,7 +15,9 @@ from backbones.config import load_config
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
-from serving.serve import _haproxy, _reason, start
+from serving.environment import find_haproxy
+from serving.rollout import reason
+from serving.serve import start
 
 CONFIG = Path(__file__).parent.parent / "configs/serving/local.yaml"
 
@@ -63,9 +65,9 @@ def test_bad_artefacts(tmp_path: Path) -> None:
 
 def test_reason_is_the_line_that_matters() -> None:
     ours = "Failed to update the deployments ['a'].\nTraceback:\n  raise\nbackbones.errors.InputError: no GPU\n"
-    assert _reason(["The deployment failed to start 3 times", ours]) == "no GPU"
-    assert _reason(["Traceback:\n  boom()\nRuntimeError: boom\n\n"]) == "RuntimeError: boom"
-    assert _reason([""]).startswith("Ray says no more")
+    assert reason(["The deployment failed to start 3 times", ours]) == "no GPU"
+    assert reason(["Traceback:\n  boom()\nRuntimeError: boom\n\n"]) == "RuntimeError: boom"
+    assert reason([""]).startswith("Ray says no more")
 
 
 def test_config_file() -> None:
@@ -118,7 +120,7 @@ def test_keys_that_are_not_there_are_told_before_ray_starts(tmp_path: Path) -> N
         start(ServingConfig(port=0, models=(model,), api_keys=str(tmp_path / "none.txt")))
 
 
-@pytest.mark.skipif(not _haproxy(), reason="no HAProxy")
+@pytest.mark.skipif(find_haproxy() is None, reason="no HAProxy")
 def test_a_path_too_long_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch" / ("x" * 80)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch" / ("x" * 80)))
