@@ -132,6 +132,8 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
                 if _uses_haproxy():
                     more, ray_grpc_port = _grpc_behind_haproxy(config, scratch)
                     flags |= more
+                else:
+                    say(f"without HAProxy gRPC listens on all of this machine's addresses, not on {config.host} alone")
             undo.callback(os.environ.update, {name: os.environ[name] for name in flags if name in os.environ})
             for name in flags:
                 undo.callback(os.environ.pop, name, None)
