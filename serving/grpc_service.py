@@ -5,7 +5,7 @@ Ray's own gRPC servers, in its proxy and in each replica, hand a call to the met
 the metadata `application` names. The protocol's clients do not send that: it is set here, or by `grpc_ingress.py`.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, TypeAlias
 
 import grpc
@@ -30,7 +30,6 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
 }
 Context: TypeAlias = Any  # Ray's, or gRPC's
-Call: TypeAlias = Callable[[bytes, Context], Awaitable[bytes]]
 
 
 def grpc_options(port: int, timeout_s: float) -> dict[str, Any]:

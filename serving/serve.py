@@ -157,6 +157,8 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
                 ingress = Ingress(listener, scratch, binary, frontends)
                 undo.callback(ingress.close)
                 flags[environment.BINARY] = str(ingress.program)
+            elif config.grpc_port is not None:
+                say(f"without HAProxy gRPC listens on all of this machine's addresses, not on {config.host} alone")
             undo.callback(environment.change, environment.change(flags))
         # Not before the environment is set, since Ray's constants are read as it is imported.
         import ray

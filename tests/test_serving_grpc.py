@@ -137,7 +137,7 @@ def test_answers_equal_those_of_http_to_the_bit(started: Started, name: str, giv
         return [encoded(client, *(picture(colour, kind=kind) for colour in COLOURS for kind in ("PNG", "JPEG")))]
 
     told = started.grpc.infer(name, inputs(triton), headers=HEADERS, request_id="abc")
-    http = started.http.infer(name, inputs(triton_http), headers=HEADERS)
+    http = started.http.infer(name, inputs(triton_http), headers={**HEADERS})  # it adds to them
     response = told.get_response()
     assert (response.id, response.model_name, response.model_version) == ("abc", name, "1")
     names = [output.name for output in response.outputs]

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from serving.config import ServedModel, ServingConfig
 from serving.environment import find_haproxy
 from serving.grpc_ingress import write_frontend
 from serving.grpc_service import add_to_server
@@ -107,13 +108,20 @@ def test_no_message_is_not_found(through_haproxy: Callable[..., bytes], message:
 
 
 def test_compressed_messages_are_refused(through_haproxy: Callable[..., bytes]) -> None:
-    """Of which gRPC would bound the bytes before they are decompressed alone."""
+    """HAProxy cannot read the model's name in them."""
     with pytest.raises(grpc.RpcError) as raised:
         through_haproxy("ModelInfer", infer("classifier", 100_000), compression=grpc.Compression.Gzip)
     assert (raised.value.code(), raised.value.details()) == (
         grpc.StatusCode.UNIMPLEMENTED,
         "send messages uncompressed",
     )
+
+
+def test_ports_differ() -> None:
+    models = (ServedModel(name="m", artifact="m.onnx"),)
+    assert ServingConfig(models=models).grpc_port is None  # serves none
+    with pytest.raises(ValueError, match="port and grpc_port are both 8001: give each its own"):
+        ServingConfig(models=models, port=8001, grpc_port=8001)
 
 
 class Server:
