@@ -15,7 +15,22 @@ REREADS = 4  # times a file's bytes; the directory of a TIFF file is read twice
 SCAN_PIXELS = 1_000_000_000  # passes of a JPEG decoder times pixels; encoders make about ten passes
 EXIF_PIECES = 16  # of 64 KB
 
-_TIFF_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # bytes, by type
+_TIFF_SIZES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+}  # bytes, by type
 
 
 class BoundedFile(io.BytesIO):
@@ -52,9 +67,8 @@ def check_scans(image: JpegImageFile, body: bytes, read: int) -> None:
     Args:
         read: bytes of `body` that it took to open `image`, up to the first scan's pixels.
     """
-    components = image.layers
-    first = body[read - 4 - 2 * components]  # components of the first scan, if it has them all
-    if image.format == "JPEG" and "progressive" not in image.info and first == components:
+    of_first = read - 4 - 2 * image.layers  # where the first scan's count of components lies, if it has them all
+    if image.format == "JPEG" and "progressive" not in image.info and body[of_first] == image.layers:
         return  # whatever follows is not decoded
     scans = body.count(b"\xff\xda")  # a thumbnail's too, but no compressed pixels by chance
     if scans * image.width * image.height > SCAN_PIXELS:
@@ -63,7 +77,8 @@ def check_scans(image: JpegImageFile, body: bytes, read: int) -> None:
 
 def check_exif(exif: bytes) -> None:
     """Refuse an EXIF block whose values lie one over the other, of which Pillow would copy each."""
-    exif = exif.removeprefix(b"Exif\0\0")
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
     order = "<" if exif[:2] == b"II" else ">"
     try:
         (start,) = struct.unpack_from(f"{order}L", exif, 4)
