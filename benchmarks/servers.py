@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cspnet-peers"
 COMMON = ("onnxruntime", "pillow", "numpy")
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 20
 FORM = "multipart/form-data; boundary=cspnet"
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,6 @@ def run(config: ServingConfig) -> None:
     _on_signals(_interrupt)  # SIGINT as well: a shell script's background job starts with it ignored
     service = start(config)
     try:
-        _on_signals(_interrupt)  # Ray took SIGTERM
         while True:
             time.sleep(3600)
     except KeyboardInterrupt:
@@ -150,7 +149,8 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
             listener.close()  # Ray's own proxy binds the port
         else:
             undo.callback(ingress.drain, DRAIN_TIMEOUT_S)
-        _start_ray(config, local)
+        with _own_sigterm():
+            _start_ray(config, local)
         _deploy(config, applications)
         deadline = began + config.start_timeout_s
         _wait_until_running(names, config, deadline)
@@ -252,6 +252,15 @@ def _haproxy() -> str | None:
         return str(get_haproxy_binary())
     except OSError:
         return None
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our handler, if there is one: with Ray's, this process would end and its others stay."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _start_ray(config: ServingConfig, local: bool) -> None:
