@@ -22,8 +22,8 @@ from backbones.errors import InputError
 from benchmarks.load import Post
 from benchmarks.processes import memory_mb, tree
 from serving.artifact import ClassifierArtifact, read_artifact
+from serving.ingress import free_port
 from serving.providers import usable_cores
-from serving.serve import _free_port
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "peers"
@@ -75,7 +75,7 @@ def ours(models: dict[str, Path], folder: Path, picture: Path, **settings: objec
     Args:
         settings: of each model, over the defaults.
     """
-    port = _free_port()
+    port = free_port()
     config, posts = folder / "serving.yaml", {}
     said = [{"name": name, "artifact": str(path), **settings} for name, path in models.items()]
     config.write_text(yaml.safe_dump({"port": int(port), "models": said}))
@@ -93,7 +93,7 @@ def peer(name: str, artifact: Path, folder: Path, picture: Path) -> Iterator[Run
     said = PEERS[name]
     metadata = read_artifact(artifact)
     assert isinstance(metadata, ClassifierArtifact)
-    port = _free_port()
+    port = free_port()
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "RAY_ADDRESS")}
     environment |= {"MODEL": str(artifact), "CROP": str(metadata.preprocess.crop), "PORT": port}
     environment |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "BENTOML_DO_NOT_TRACK": "1"}

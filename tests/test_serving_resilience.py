@@ -22,14 +22,15 @@ from benchmarks import clients, hostile
 from benchmarks.clients import Question
 from benchmarks.processes import Process, memory_mb, tree
 from serving.config import ServedModel, ServingConfig
+from serving.ingress import find_haproxy, free_port
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
 from serving.schemas import classify_answer, detect_answer
-from serving.serve import _free_port, _haproxy, start
+from serving.serve import start
 
 BARE, WITH_RETRIES = 6, 3  # clients
 RECOVERED_S = 60  # on a machine that does much else; benchmarks/stress.py asks for 15
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(_haproxy() is None, reason="no HAProxy")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_haproxy() is None, reason="no HAProxy")]
 
 
 @dataclass
@@ -144,7 +145,7 @@ def test_answers_are_equal_to_the_bit_at_any_concurrency(url: str, questions: li
 @pytest.fixture
 def process(artefacts: dict[str, Path], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`python -m serving run`, and its URL; whatever is left of it at the end is killed."""
-    config = ServingConfig(port=int(_free_port()), models=_models(artefacts)[:1])
+    config = ServingConfig(port=int(free_port()), models=_models(artefacts)[:1])
     path = tmp_path / "serving.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))  # JSON is YAML
     command = [sys.executable, "-m", "serving", "run", str(path)]

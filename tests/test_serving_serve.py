@@ -15,7 +15,8 @@ from backbones.config import load_config
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
-from serving.serve import _haproxy, _reason, start
+from serving.ingress import find_haproxy
+from serving.serve import _reason, start
 
 CONFIG = Path(__file__).parent.parent / "configs/serving/local.yaml"
 
@@ -118,7 +119,7 @@ def test_keys_that_are_not_there_are_told_before_ray_starts(tmp_path: Path) -> N
         start(ServingConfig(port=0, models=(model,), api_keys=str(tmp_path / "none.txt")))
 
 
-@pytest.mark.skipif(not _haproxy(), reason="no HAProxy")
+@pytest.mark.skipif(not find_haproxy(), reason="no HAProxy")
 def test_a_path_too_long_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch" / ("x" * 80)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch" / ("x" * 80)))
