@@ -22,6 +22,7 @@ from serving import haproxy
 from serving.protocol import RETRY_AFTER_S
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+PROGRAM = "haproxy"  # what Ray is to start as HAProxy
 POLL_S = 0.02
 LONGEST_SCRATCH = 27  # of a socket's 107 bytes: Ray adds the node's id and a name, HAProxy its process id
 BACKLOG = 4096  # connections that wait for a HAProxy, or as many as net.core.somaxconn allows
@@ -71,18 +72,15 @@ def free_port() -> str:
 
 
 class Ingress:
-    """Hands `listener` to each HAProxy that Ray starts, and stops them without losing a request.
+    """Hands `listener` to each HAProxy that Ray starts by way of `PROGRAM`, and stops them without losing a request.
 
     Args:
         listener: bound; it belongs to the ingress from now on.
-        scratch: a folder of its own, for a socket and small files.
+        scratch: a folder of its own, for `PROGRAM`, a socket and small files.
         binary: HAProxy.
 
     Raises:
         InputError: the folder's path is too long for sockets in it.
-
-    Attributes:
-        program: what Ray is to start as HAProxy.
     """
 
     def __init__(self, listener: socket.socket, scratch: Path, binary: str):
@@ -94,10 +92,10 @@ class Ingress:
         errors.mkdir()
         for status, message in ERRORS.items():
             (errors / f"{status}.http").write_bytes(_answer(status, message))
-        self.program = scratch / "haproxy"
+        program = scratch / PROGRAM
         command = [sys.executable, "-I", haproxy.__file__, binary, str(channel), str(errors)]
-        self.program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
-        self.program.chmod(0o700)
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        program.chmod(0o700)
         self._channel = socket.socket(socket.AF_UNIX)
         self._channel.bind(str(channel))
         self._channel.listen()

@@ -20,7 +20,7 @@ import httpx
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServingConfig
-from serving.ingress import BINARY, Ingress, bind, find_haproxy, free_port
+from serving.ingress import BINARY, PROGRAM, Ingress, bind, find_haproxy, free_port
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, not_on_a_cluster, read_keys
 from serving.ray_start import start_ray
 
@@ -118,15 +118,13 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         listener = undo.enter_context(bind(config.host, config.port))
         port = int(listener.getsockname()[1])
         config = config.model_copy(update={"models": models, "port": port})
-        ingress = None
+        binary = find_haproxy() if local else None
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             flags = _flags(config, scratch, say) | _key_flags(config)
-            if (binary := find_haproxy()) is not None:
-                ingress = Ingress(listener, scratch, binary)
-                undo.callback(ingress.close)
-                flags[BINARY] = str(ingress.program)
+            if binary is not None:
+                flags[BINARY] = str(scratch / PROGRAM)
             for name in flags:
                 undo.callback(_set, name, os.environ.get(name))
             os.environ.update(flags)
@@ -140,10 +138,10 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
             raise InputError("Ray already runs in this process: stop the other service or job first")
         names = [application.name for application in applications]
         undo.callback(_stop, None if local else names)
-        if ingress is None:
+        if binary is None:
             listener.close()  # Ray's own proxy binds the port
         else:
-            undo.callback(ingress.drain, DRAIN_TIMEOUT_S)
+            undo.callback(Ingress(listener, scratch, binary).drain, DRAIN_TIMEOUT_S)
         with _own_sigterm():
             _start_ray(config, local)
         _deploy(config, applications)
