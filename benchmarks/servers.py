@@ -80,7 +80,7 @@ def ours(models: dict[str, Path], folder: Path, picture: Path, **settings: objec
     said = [{"name": name, "artifact": str(path), **settings} for name, path in models.items()]
     config.write_text(yaml.safe_dump({"port": int(port), "models": said}))
     for name, path in models.items():
-        action = "classify" if isinstance(read_artifact(path), ClassifierArtifact) else "detect"
+        action = "classify" if isinstance(read_artifact(path)[0], ClassifierArtifact) else "detect"
         posts[name] = Post(f"http://127.0.0.1:{port}/v2/models/{name}/{action}", picture)
     command = [sys.executable, "-m", "serving", "run", str(config)]
     with _started(command, ROOT, dict(os.environ), list(posts.values()), folder / "ours.log") as (pid, cold_start_s):
@@ -91,7 +91,7 @@ def ours(models: dict[str, Path], folder: Path, picture: Path, **settings: objec
 def peer(name: str, artifact: Path, folder: Path, picture: Path) -> Iterator[Running]:
     """A peer's server of a classifier."""
     said = PEERS[name]
-    metadata = read_artifact(artifact)
+    metadata, _ = read_artifact(artifact)
     assert isinstance(metadata, ClassifierArtifact)
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "RAY_ADDRESS")}

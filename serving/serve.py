@@ -186,8 +186,7 @@ def _set(name: str, value: str | None) -> None:
 
 def _flags(config: ServingConfig, scratch: Path, say: Callable[[str], object]) -> dict[str, str]:
     """What is to be added to the environment of Ray's processes; `scratch` is for their sockets."""
-    # If this process is killed, Ray's agents look for a head that is gone as well: not for a minute.
-    flags = COMMON | {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}
+    flags = dict(COMMON)
     if find_haproxy() is not None:
         flags |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.
