@@ -46,7 +46,7 @@ class Peer:
 
 PEERS = {
     "Ray Serve, defaults": Peer("ray[serve]==2.60.0", ("python", "ray_serve.py"), "/", form=False),
-    "LitServe": Peer("litserve", ("python", "litserve_server.py"), "/predict"),
+    "LitServe": Peer("litserve python-multipart", ("python", "litserve_server.py"), "/predict"),
     "BentoML": Peer("bentoml", ("bentoml", "serve", "bentoml_service:Classifier", "--port", "$PORT")),
     "FastAPI": Peer(
         "fastapi uvicorn[standard] python-multipart",
@@ -110,14 +110,14 @@ def install(name: str) -> Path:
     packages = PEERS[name].package.split()
     folder = CACHE / "".join(c if c.isalnum() else "-" for c in packages[0])
     done = folder / "installed"
-    if not done.exists():
+    if not done.exists() or done.read_text().split() != packages:
         uv = shutil.which("uv")
         if uv is None:
             raise InputError("uv installs the peers and is not on PATH: pip install uv")
         subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, str(folder)], check=True)
         python = str(folder / "bin" / "python")
         subprocess.run([uv, "pip", "install", "-q", "--python", python, *packages, *COMMON], check=True)
-        done.touch()
+        done.write_text("\n".join(packages))
     return folder
 
 
