@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cspnet-peers"
 COMMON = ("onnxruntime", "pillow", "numpy")
-START_TIMEOUT_S = 120
+START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 20
 FORM = "multipart/form-data; boundary=cspnet"
 
@@ -46,7 +46,7 @@ class Peer:
 
 PEERS = {
     "Ray Serve, defaults": Peer("ray[serve]==2.60.0", ("python", "ray_serve.py"), "/", form=False),
-    "LitServe": Peer("litserve", ("python", "litserve_server.py"), "/predict"),
+    "LitServe": Peer("litserve python-multipart", ("python", "litserve_server.py"), "/predict"),
     "BentoML": Peer("bentoml", ("bentoml", "serve", "bentoml_service:Classifier", "--port", "$PORT")),
     "FastAPI": Peer(
         "fastapi uvicorn[standard] python-multipart",
@@ -75,12 +75,12 @@ def ours(models: dict[str, Path], folder: Path, picture: Path, **settings: objec
     Args:
         settings: of each model, over the defaults.
     """
-    port = free_port()
+    port = str(free_port())
     config, posts = folder / "serving.yaml", {}
     said = [{"name": name, "artifact": str(path), **settings} for name, path in models.items()]
     config.write_text(yaml.safe_dump({"port": int(port), "models": said}))
     for name, path in models.items():
-        action = "classify" if isinstance(read_artifact(path), ClassifierArtifact) else "detect"
+        action = "classify" if isinstance(read_artifact(path)[0], ClassifierArtifact) else "detect"
         posts[name] = Post(f"http://127.0.0.1:{port}/v2/models/{name}/{action}", picture)
     command = [sys.executable, "-m", "serving", "run", str(config)]
     with _started(command, ROOT, dict(os.environ), list(posts.values()), folder / "ours.log") as (pid, cold_start_s):
@@ -91,9 +91,9 @@ def ours(models: dict[str, Path], folder: Path, picture: Path, **settings: objec
 def peer(name: str, artifact: Path, folder: Path, picture: Path) -> Iterator[Running]:
     """A peer's server of a classifier."""
     said = PEERS[name]
-    metadata = read_artifact(artifact)
+    metadata, _ = read_artifact(artifact)
     assert isinstance(metadata, ClassifierArtifact)
-    port = free_port()
+    port = str(free_port())
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "RAY_ADDRESS")}
     environment |= {"MODEL": str(artifact), "CROP": str(metadata.preprocess.crop), "PORT": port}
     environment |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "BENTOML_DO_NOT_TRACK": "1"}
@@ -110,14 +110,14 @@ def install(name: str) -> Path:
     packages = PEERS[name].package.split()
     folder = CACHE / "".join(c if c.isalnum() else "-" for c in packages[0])
     done = folder / "installed"
-    if not done.exists():
+    if not done.exists() or done.read_text().split() != packages:
         uv = shutil.which("uv")
         if uv is None:
             raise InputError("uv installs the peers and is not on PATH: pip install uv")
         subprocess.run([uv, "venv", "-q", "--clear", "--python", sys.executable, str(folder)], check=True)
         python = str(folder / "bin" / "python")
         subprocess.run([uv, "pip", "install", "-q", "--python", python, *packages, *COMMON], check=True)
-        done.touch()
+        done.write_text("\n".join(packages))
     return folder
 
 

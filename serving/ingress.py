@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 
+from backbones.errors import InputError
 from serving import haproxy
 from serving.protocol import RETRY_AFTER_S
 
+PROGRAM = "haproxy"  # what Ray is to start as HAProxy
 POLL_S = 0.02
+LONGEST_SCRATCH = 27  # of a socket's 107 bytes: Ray adds the node's id and a name, HAProxy its process id
 BACKLOG = 4096  # connections that wait for a HAProxy, or as many as net.core.somaxconn allows
 ERRORS = {  # HAProxy's own answers, but for 400 to what is no HTTP at all
     408: f"the request came too slowly: send its headers within {haproxy.HEADERS_S} s",
@@ -32,30 +35,32 @@ _PEER = "3i"  # struct ucred: pid, uid, gid
 
 
 class Ingress:
-    """Hands `listener` to each HAProxy that Ray starts, and stops them without losing a request.
+    """Hands `listener` to each HAProxy that Ray starts by way of `PROGRAM`, and stops them without losing a request.
 
     Args:
         listener: bound; it belongs to the ingress from now on.
-        scratch: a folder of its own, for a socket and small files.
+        scratch: a folder of its own, for `PROGRAM`, a socket and small files.
         binary: HAProxy.
         configs: files for it to read after Ray's.
 
-    Attributes:
-        program: what Ray is to start as HAProxy.
+    Raises:
+        InputError: the folder's path is too long for sockets in it.
     """
 
     def __init__(self, listener: socket.socket, scratch: Path, binary: str, configs: Sequence[Path] = ()):
+        if len(str(scratch)) > LONGEST_SCRATCH:
+            raise InputError(f"{scratch} is too long for HAProxy's sockets: set TMPDIR to a shorter path, such as /tmp")
         self._listener, self._running = listener, list[int]()  # as pidfds
         listener.listen(BACKLOG)
         channel, errors = scratch / "listener.sock", scratch / "errors"
         errors.mkdir()
         for status, message in ERRORS.items():
             (errors / f"{status}.http").write_bytes(_answer(status, message))
-        self.program = scratch / "haproxy"
+        program = scratch / PROGRAM
         command = [sys.executable, "-I", haproxy.__file__, binary, str(channel), str(errors)]
         further = shlex.join(part for config in configs for part in ("-f", str(config)))
-        self.program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@" {further}\n')
-        self.program.chmod(0o700)
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@" {further}\n')
+        program.chmod(0o700)
         self._channel = socket.socket(socket.AF_UNIX)
         self._channel.bind(str(channel))
         self._channel.listen()

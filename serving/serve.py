@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from serving.client import Client
 from serving.config import ServingConfig, refuse_files
 from serving.grpc_ingress import write_frontend
 from serving.grpc_service import grpc_options
-from serving.ingress import Ingress
+from serving.ingress import PROGRAM, Ingress
 from serving.keys import read_keys
 from serving.ray_start import start_ray
 
@@ -34,7 +34,6 @@ POLL_S = 0.1
 ROOM = 2  # times the CPUs that a config's replicas reserve: new ones start beside the old
 DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
 STOP_TIMEOUT_S = 4.0
-LONGEST_SOCKET = 90  # bytes of its path: of 107, HAProxy takes the rest for another beside it
 
 
 class RunningService:
@@ -88,7 +87,6 @@ def run(load: Callable[[], ServingConfig]) -> None:
     signal.signal(signal.SIGHUP, lambda number, _: hangups.put(number))
     service = start(load())
     try:
-        _on_signals(_interrupt)  # Ray took SIGTERM
         while hangups.get():
             _update(service, load)
     except KeyboardInterrupt:
@@ -139,27 +137,24 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         check_log(config.access_log)
     with contextlib.ExitStack() as undo:
         listener = undo.enter_context(environment.listen(config.host, config.port))
-        grpc_port = config.grpc_port
+        grpc_port = ray_grpc_port = config.grpc_port  # Ray's own, unless ours is in front of it
         if grpc_port is not None:
-            grpc_port = environment.free_port(config.host, grpc_port, "grpc_port")
+            grpc_port = ray_grpc_port = environment.free_port(config.host, grpc_port, "grpc_port")
         config = _resolved(config, listener.getsockname()[1], grpc_port)
-        ray_grpc_port = config.grpc_port  # Ray's own, unless ours is in front of it
-        ingress = None
+        binary = environment.find_haproxy() if local else None
+        frontends = []
         if local:
             scratch = Path(tempfile.mkdtemp(prefix="cspnet-"))
             undo.callback(shutil.rmtree, scratch, ignore_errors=True)
             flags: dict[str, str | None] = {**environment.flags(config, scratch, say)}
-            if (binary := environment.find_haproxy()) is not None:
-                frontends = []
-                if config.grpc_port is not None:
-                    ray_grpc_port = environment.free_port(config.host)
-                    frontends.append(write_frontend(scratch, config.host, config.grpc_port, ray_grpc_port))
-                ingress = Ingress(listener, scratch, binary, frontends)
-                undo.callback(ingress.close)
-                flags[environment.BINARY] = str(ingress.program)
-            elif config.grpc_port is not None:
-                say(f"without HAProxy gRPC listens on all of this machine's addresses, not on {config.host} alone")
+            if binary is not None:
+                flags[environment.BINARY] = str(scratch / PROGRAM)
             undo.callback(environment.change, environment.change(flags))
+            if grpc_port is not None and binary is not None:
+                ray_grpc_port = environment.free_port(config.host)
+                frontends.append(write_frontend(scratch, config.host, grpc_port, ray_grpc_port))
+            elif grpc_port is not None:
+                say(f"without HAProxy gRPC listens on all of this machine's addresses, not on {config.host} alone")
         # Not before the environment is set, since Ray's constants are read as it is imported.
         import ray
 
@@ -170,11 +165,12 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         if ray.is_initialized():
             raise InputError("Ray already runs in this process: stop the other service or job first")
         undo.callback(_stop, None if local else applications)
-        if ingress is None:
+        if binary is None:
             listener.close()  # Ray's own proxy binds the port
         else:
-            undo.callback(ingress.drain, DRAIN_TIMEOUT_S)
-        _start_ray(config, local)
+            undo.callback(Ingress(listener, scratch, binary, frontends).drain, DRAIN_TIMEOUT_S)
+        with _own_sigterm():
+            _start_ray(config, local)
         _start_serve(config, ray_grpc_port)
         deploy(applications, config.start_timeout_s, began)
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -216,15 +212,21 @@ def _stop(applications: Sequence["ServedApplication"] | None) -> None:
             ray.shutdown()
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep our handler, if there is one: with Ray's, this process would end and its others stay."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _start_ray(config: ServingConfig, local: bool) -> None:
     import ray
 
     if not local:
         start_ray()
         return
-    socket_path = os.environ.get("RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH", "")
-    if len(socket_path) > LONGEST_SOCKET:
-        raise InputError(f"{socket_path} is too long for HAProxy's socket: set TMPDIR to a shorter path, such as /tmp")
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
     replicas = [(model, model.max_replicas * len(model.served)) for model in config.models]

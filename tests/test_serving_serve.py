@@ -120,7 +120,7 @@ def test_keys_that_are_not_there_are_told_before_ray_starts(tmp_path: Path) -> N
         start(ServingConfig(port=0, models=(model,), api_keys=str(tmp_path / "none.txt")))
 
 
-@pytest.mark.skipif(find_haproxy() is None, reason="no HAProxy")
+@pytest.mark.skipif(not find_haproxy(), reason="no HAProxy")
 def test_a_path_too_long_for_sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch" / ("x" * 80)).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch" / ("x" * 80)))
