@@ -16,6 +16,7 @@ import gc
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from serving.batch_config import BatchConfig
 from serving.batch_report import check_labels, check_truth, write_report
 from serving.batch_worker import BatchWorker, Decoder, Lister, WorkerModel, result_of
 from serving.exports import check_export, write_export
-from serving.inputs import list_files, write_list
-from serving.parts import INPUTS, LISTED, Output, room_on_disk
+from serving.inputs import list_files
+from serving.parts import INPUTS, LISTED, Output, room_on_disk, write_list
 from serving.predictor import create_predictor
 from serving.providers import ON_GPU
 from serving.ray_start import start_ray
@@ -79,7 +80,7 @@ def run_batch(config: BatchConfig) -> dict[str, Any]:
                 check_export(model.results, artifact, listing.has_ids)
         targets = check_labels(listing, artifacts, config.input)
         check_truth(config.input, artifacts)
-        job = {f"artefact {model.name}": model.worker.sha256 for model in opened}
+        job: dict[str, Any] = {f"artefact {model.name}": model.worker.sha256 for model in opened}
         job |= {"number of images": listing.images, "input": listing.sha256}
         with room_on_disk(folder):
             output.claim(job | {"part_rows": config.part_rows, "annotated": config.annotated})
@@ -203,9 +204,9 @@ def _stream(
     config: BatchConfig, models: Sequence[Opened], inputs: Path, first: int, images: int
 ) -> Generator[list[pa.Table], None, None]:
     """The tables of each chunk from image `first` on, in order."""
-    import ray.data
+    import ray
     from ray.exceptions import RayError, RayTaskError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.annotations import RayDeprecationWarning
 
     actors, total, free = config.actors, ray.cluster_resources(), ray.available_resources()
     if actors.num_gpus * actors.min_actors > free.get("GPU", 0):
@@ -213,36 +214,10 @@ def _stream(
             f"{actors.min_actors} actors with num_gpus={actors.num_gpus:g} each, but Ray has {free.get('GPU', 0):g} "
             f"GPUs free of {total.get('GPU', 0):g}: ask for less"
         )
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    data = ray.data.from_items([{"data": b""}])
-    data.context.enable_progress_bars = False
-    data.context.print_on_execution_start = False
-    data.context.execution_options.preserve_order = True
-    data.context.target_max_block_size = 1  # a row is a block, and so a task: a batch depends on nothing else
-    rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    # No CPU: others, such as Serve's replicas, may hold all of them, and it would wait for ever.
-    data = data.map_batches(Lister(inputs, first, chunk_size(config, images)).__call__, **rows,
-                            num_cpus=0, scheduling_strategy=here)  # fmt: skip
-    if config.decode == "tasks":
-        decoder = Decoder([model.artifact for model in models])
-        data = data.map_batches(decoder.__call__, **rows, num_cpus=1, scheduling_strategy="SPREAD")
-    results = data.map_batches(
-        BatchWorker,
-        fn_constructor_kwargs={
-            "models": [model.worker for model in models],
-            "batch_size": config.batch_size,
-            "threads": actors.threads or max(1, int(total.get("CPU", 1)) // actors.most),
-            "annotated": config.annotated,
-        },
-        compute=ray.data.ActorPoolStrategy(min_size=actors.min_actors, max_size=actors.most),
-        num_cpus=_share(free.get("CPU", 0) - (config.decode == "tasks"), actors.most)
-        if actors.num_cpus is None
-        else actors.num_cpus,
-        num_gpus=actors.num_gpus,
-        scheduling_strategy="SPREAD",
-        max_task_retries=RETRIES,
-        **rows,
-    )
+    with warnings.catch_warnings():
+        # 2.64 will take no retries or strategies any more; today's own default is to retry for ever.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        results = _pipeline(config, models, inputs, first, images)
     mistake = ""
     try:
         for row in results.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -256,6 +231,44 @@ def _stream(
     if mistake:
         gc.collect()  # the actors of a failed job stop when nothing refers to them, which tracebacks do
         raise InputError(mistake)
+
+
+def _pipeline(config: BatchConfig, models: Sequence[Opened], inputs: Path, first: int, images: int) -> Any:
+    import ray.data
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    actors, total, free = config.actors, ray.cluster_resources(), ray.available_resources()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
+    data: ray.data.Dataset = ray.data.from_items([{"data": b""}])
+    data.context.enable_progress_bars = False
+    data.context.print_on_execution_start = False
+    data.context.execution_options.preserve_order = True
+    data.context.target_max_block_size = 1  # a row is a block, and so a task: a batch depends on nothing else
+    # No CPU: others, such as Serve's replicas, may hold all of them, and it would wait for ever.
+    lister = Lister(inputs, first, chunk_size(config, images))
+    data = data.map_batches(lister.__call__, **rows, num_cpus=0, scheduling_strategy=here)
+    spare = free.get("CPU", 0)
+    if config.decode == "tasks":
+        decoder = Decoder([model.artifact for model in models])
+        data = data.map_batches(decoder.__call__, **rows, num_cpus=1, scheduling_strategy="SPREAD")
+        spare -= 1
+    worker = {
+        "models": [model.worker for model in models],
+        "batch_size": config.batch_size,
+        "threads": actors.threads or max(1, int(total.get("CPU", 1)) // actors.most),
+        "annotated": config.annotated,
+    }
+    return data.map_batches(
+        BatchWorker,
+        fn_constructor_kwargs=worker,
+        compute=ray.data.ActorPoolStrategy(min_size=actors.min_actors, max_size=actors.most),
+        num_cpus=_share(spare, actors.most) if actors.num_cpus is None else actors.num_cpus,
+        num_gpus=actors.num_gpus,
+        scheduling_strategy="SPREAD",
+        max_task_retries=RETRIES,
+        **rows,
+    )
 
 
 def _share(cpus: float, actors: int) -> float:

@@ -28,8 +28,7 @@ from detection.coco_eval import evaluate as coco_figures
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.batch_config import BatchConfig
 from serving.exports import coco_rows
-from serving.inputs import Listing, read_list
-from serving.parts import INPUTS, Output
+from serving.parts import INPUTS, Listing, Output, read_list
 from serving.predictor import Classification
 from serving.report import picture_of
 from serving.results import Row, iter_rows, parts_of, to_row
@@ -109,7 +108,7 @@ def write_report(
 
 
 def _counts(model: Path) -> dict[str, Any]:
-    """Of one model: images, labels, scores and the slowest files. Of a classifier the best class of each image counts."""
+    """Of one model: images, labels, scores and the slowest files. A classifier's are the best of each image."""
     images, labels, bins = 0, Counter[str](), np.zeros(BINS, np.int64)
     slowest: list[tuple[float, str]] = []
     for part in parts_of(model):
@@ -200,8 +199,9 @@ def _page(config: BatchConfig, output: Output, summary: Mapping[str, Any]) -> st
     rate = f"{summary['images_per_s']:.1f} images/s" if summary["images_per_s"] else "nothing was left to do"
     parts = [
         page.paragraph(
-            f"{summary['images']} images of {config.input}, {summary['errors']} with an error. The last start predicted "
-            f"{summary['predicted']}: {rate}, {summary['start_s']:.1f} s to the first, {summary['total_s']:.1f} s in all."
+            f"{summary['images']} images of {config.input}, {summary['errors']} with an error. The last start "
+            f"predicted {summary['predicted']}: {rate}, {summary['start_s']:.1f} s to the first, "
+            f"{summary['total_s']:.1f} s in all."
         )
     ]
     for model in output.models:

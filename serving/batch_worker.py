@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from backbones.preprocess import ImageError, decode
 from serving.artifact import Artifact
-from serving.inputs import File, read_list, text_of
+from serving.inputs import File, text_of
+from serving.parts import read_list
 from serving.predictor import Predictor, create_predictor, prepare
 from serving.providers import ON_GPU, Provider
 from serving.results import PICTURE, Row, to_table
@@ -172,7 +173,7 @@ class BatchWorker:
         table = to_table(rows, artifact, self.hashes[i])
         if not self.annotated:
             return table
-        drawn = self.pool.map(lambda pair: _drawn(*pair, artifact), zip(files, rows, strict=True))
+        drawn = self.pool.map(_drawn, files, rows, [artifact] * len(rows))
         return table.append_column(PICTURE, pa.array(list(drawn), pa.binary()))
 
 

@@ -1,4 +1,4 @@
-"""The images of a batch job: found one by one, written down, and read; no torch here.
+"""The images of a batch job: found one by one, and read; no torch here.
 
     a folder                images anywhere below it, by suffix, sorted; hidden ones are left out
     a glob                  `**` is any folders: images/**/*.jpg, shards/*.tar, rows/*.parquet
@@ -13,7 +13,6 @@ manifest. What is listed is never held in memory as a whole: of a folder its own
 """
 
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -21,9 +20,9 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,22 +30,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from backbones.errors import InputError
-from backbones.files import IMAGE_SUFFIXES, is_image, write_aside
+from backbones.files import IMAGE_SUFFIXES, is_image
 from backbones.preprocess import ImageError
 from detection.coco import load_annotations
 from serving.places import FILE, FOLDER, is_uri, join, kind_of, open_file, parent, reason_of, split_glob, walk
 
 MANIFESTS = (".txt", ".csv", ".jsonl", ".parquet", ".json")
-ROWS = 4096  # of the written list that are held at once
-_LIST = pa.schema(
-    [
-        pa.field("name", pa.string(), nullable=False),
-        pa.field("source", pa.binary(), nullable=False),
-        ("place", pa.list_(pa.int64())),
-        ("image_id", pa.int64()),
-        ("label", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -281,44 +270,3 @@ def _file(name: str, folder: str, where: str | None = None, **known: Any) -> Fil
 
 def _source(where: str) -> bytes:
     return where.encode() if is_uri(where) else os.fsencode(os.path.abspath(where))
-
-
-# The list, written down once: it is what the job is of, however often it is started.
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What was listed: how many images, the SHA-256 of all that is known of them, and their labels."""
-
-    images: int
-    sha256: str
-    labels: frozenset[str]
-    has_ids: bool
-
-
-def write_list(files: Iterable[File], path: Path) -> Listing:
-    """Write the list as Parquet, whole or not at all."""
-    digest, images, labels, has_ids = hashlib.sha256(), 0, set(), True
-    files = iter(files)
-    with write_aside(path) as aside, pq.ParquetWriter(aside, _LIST) as writer:
-        while some := list(itertools.islice(files, ROWS)):
-            for file in some:
-                digest.update(f"{astuple(file)!r}\n".encode())
-                has_ids = has_ids and file.image_id is not None
-                if file.label is not None:
-                    labels.add(file.label)
-            images += len(some)
-            writer.write_table(pa.Table.from_pylist([vars(file) for file in some], schema=_LIST))
-    return Listing(images, digest.hexdigest(), frozenset(labels), has_ids)
-
-
-def read_list(path: str | Path, start: int = 0) -> Iterator[File]:
-    """The images of a written list, from one on."""
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if start < rows:
-                for row in file.read_row_group(group).to_pylist()[start:]:
-                    place = None if row["place"] is None else tuple(row["place"])
-                    yield File(row["name"], row["source"], place, row["image_id"], row["label"])
-            start = max(0, start - rows)

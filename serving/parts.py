@@ -12,9 +12,11 @@ starts again goes on after the last one that every model has. Part n always hold
 
 import contextlib
 import fcntl
+import hashlib
+import itertools
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,22 @@ import pyarrow.parquet as pq
 
 from backbones.errors import InputError
 from backbones.files import read_json, write_aside, write_json
+from serving.inputs import File
+from serving.places import reason_of
 from serving.results import PICTURE, part_name
 
 JOB, INPUTS = "job.json", "inputs.parquet"
 LISTED = ".inputs.parquet"  # until the job is known to be the same
+GROUP = 4096  # images of the list that are held at once
+_LIST = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("source", pa.binary(), nullable=False),
+        ("place", pa.list_(pa.int64())),
+        ("image_id", pa.int64()),
+        ("label", pa.string()),
+    ]
+)
 
 
 @contextlib.contextmanager
@@ -35,10 +49,8 @@ def room_on_disk(folder: object) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else " ".join(str(error).split())
-        raise InputError(
-            f"cannot write below {folder}: {reason}; what is finished is kept: make room, and start the job again"
-        ) from None
+        kept = "what is finished is kept: mend that, and start the job again"
+        raise InputError(f"cannot write below {folder}: {reason_of(error)}; {kept}") from None
 
 
 class Output:
@@ -145,3 +157,41 @@ class Output:
 def short(value: object) -> str:
     """A value of job.json for a message: hashes cut to what tells them apart."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What was listed: how many images, the SHA-256 of all that is known of them, and their labels."""
+
+    images: int
+    sha256: str
+    labels: frozenset[str]
+    has_ids: bool
+
+
+def write_list(files: Iterable[File], path: Path) -> Listing:
+    """Write the list as Parquet, whole or not at all."""
+    digest, images, labels, has_ids = hashlib.sha256(), 0, set(), True
+    files = iter(files)
+    with write_aside(path) as aside, pq.ParquetWriter(aside, _LIST) as writer:
+        while some := list(itertools.islice(files, GROUP)):
+            for file in some:
+                digest.update(f"{astuple(file)!r}\n".encode())
+                has_ids = has_ids and file.image_id is not None
+                if file.label is not None:
+                    labels.add(file.label)
+            images += len(some)
+            writer.write_table(pa.Table.from_pylist([vars(file) for file in some], schema=_LIST))
+    return Listing(images, digest.hexdigest(), frozenset(labels), has_ids)
+
+
+def read_list(path: str | Path, start: int = 0) -> Iterator[File]:
+    """The images of a written list, from one on."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if start < rows:
+                for row in file.read_row_group(group).to_pylist()[start:]:
+                    place = None if row["place"] is None else tuple(row["place"])
+                    yield File(row["name"], row["source"], place, row["image_id"], row["label"])
+            start = max(0, start - rows)

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -20,6 +19,7 @@ FILE, FOLDER = fs.FileType.File, fs.FileType.Directory
 
 
 def is_uri(where: str) -> bool:
+    """Whether a place is none of this machine's paths."""
     return _URI.match(where) is not None
 
 
@@ -32,6 +32,7 @@ def parent(where: str) -> str:
 
 
 def join(folder: str, name: str) -> str:
+    """A name in a folder; or the name itself, if it says where it is."""
     if is_uri(name) or name.startswith("/"):
         return name
     if not is_uri(folder):
@@ -67,9 +68,13 @@ def open_file(where: str) -> Any:
 
 
 def kind_of(where: str) -> fs.FileType:
+    """`FILE`, `FOLDER` or something else.
+
+    Raises:
+        InputError: a file system that cannot be reached.
+    """
     if not is_uri(where):
-        path = Path(where)
-        return FOLDER if path.is_dir() else FILE if path.is_file() else fs.FileType.NotFound
+        return FOLDER if os.path.isdir(where) else FILE if os.path.isfile(where) else fs.FileType.NotFound
     system, path = _system(where)
     try:
         return system.get_file_info(path).type
@@ -123,5 +128,6 @@ def _translate(part: str) -> str:
 
 
 def reason_of(error: BaseException) -> str:
+    """What went wrong with a file, in one line."""
     number = getattr(error, "errno", None)
     return os.strerror(number) if number else " ".join(str(error).split())
