@@ -103,10 +103,12 @@ def _open(config: BatchConfig, index: int) -> Opened:
 
 
 def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, images: int) -> dict[str, Any]:
-    """Make the parts that are missing; how long that took."""
+    """Make the parts that are missing. How that went: images, seconds to the first chunk, which is the start of Ray
+    and of the actors, and images a second after it.
+    """
     done = output.parts_done()
     first = min(images, done * config.part_rows)
-    ready = {"predicted": images - first, "start_s": 0.0, "predict_s": 0.0}
+    ready: dict[str, Any] = {"predicted": images - first, "start_s": None, "images_per_s": None}
     errors = sum(map(output.errors_in, range(done)))
     tally = Tally(config, first, errors)
     if first < images:
@@ -115,10 +117,10 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
             bar.set_postfix(errors=errors, refresh=False)
             results = _stream(config, models, output.folder.absolute() / INPUTS, first, images)
             with contextlib.closing(results):
-                ready |= _write(results, output, done, tally, bar)
+                first_s, first_images = _write(results, output, done, tally, bar)
             assert bar.n == images, f"{images} images went in and {bar.n} came out"
-        ready["start_s"] = ready["first_s"] - started
-        ready["predict_s"] = time.perf_counter() - ready.pop("first_s")
+            seconds, later = time.perf_counter() - first_s, images - first - first_images
+        ready |= {"start_s": first_s - started, "images_per_s": later / seconds if later else None}
     return ready | {"errors": tally.errors}
 
 
@@ -155,10 +157,10 @@ class Tally:
 
 def _write(
     results: Iterator[list[pa.Table]], output: Output, part: int, tally: Tally, bar: "tqdm[Any]"
-) -> dict[str, float]:
-    """Write parts as the chunks come, from number `part` on; when the first chunk came."""
+) -> tuple[float, int]:
+    """Write parts as the chunks come, from number `part` on; when the first chunk came, and its images."""
     waiting: list[list[pa.Table]] = []
-    rows, first_s = 0, 0.0
+    rows, start = 0, (0.0, 0)
 
     def flush(count: int) -> None:
         nonlocal waiting, rows, part
@@ -167,7 +169,8 @@ def _write(
         waiting, rows, part = [[table.slice(count) for table in whole]], rows - count, part + 1
 
     for tables in results:
-        first_s = first_s or time.perf_counter()
+        if not start[0]:
+            start = time.perf_counter(), len(tables[0])
         tally.add(tables)
         waiting.append(tables)
         rows += len(tables[0])
@@ -177,7 +180,7 @@ def _write(
             flush(output.rows)
     if rows:
         flush(rows)
-    return {"first_s": first_s}
+    return start
 
 
 @contextlib.contextmanager

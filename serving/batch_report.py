@@ -93,7 +93,6 @@ def write_report(
     first = models[output.models[0].name]
     summary = {
         "images": first["images"], **run,
-        "images_per_s": run["predicted"] / run["predict_s"] if run["predict_s"] else None,
         "failed": list(_failed(output)), "models": models, "config": config.model_dump(mode="json"),
     }  # fmt: skip
     write_json(output.folder / "summary.json", summary)
@@ -196,12 +195,13 @@ def contact_sheet(output: Output, model: Path, artifact: Artifact, images: int) 
 
 
 def _page(config: BatchConfig, output: Output, summary: Mapping[str, Any]) -> str:
-    rate = f"{summary['images_per_s']:.1f} images/s" if summary["images_per_s"] else "nothing was left to do"
+    speed = ""
+    if summary["images_per_s"]:
+        speed = f" The first came after {summary['start_s']:.1f} s, then {summary['images_per_s']:.1f} a second."
     parts = [
         page.paragraph(
             f"{summary['images']} images of {config.input}, {summary['errors']} with an error. The last start "
-            f"predicted {summary['predicted']}: {rate}, {summary['start_s']:.1f} s to the first, "
-            f"{summary['total_s']:.1f} s in all."
+            f"predicted {summary['predicted']} and took {summary['total_s']:.1f} s.{speed}"
         )
     ]
     for model in output.models:
