@@ -2,7 +2,7 @@
 
     python -m benchmarks.batch_memory [--images 2000 20000] [--json FILE]
 
-Draws small JPEG files, every hundredth of them broken, predicts them with a tiny classifier in a job of its own process,
+Draws small JPEG files, every hundredth of them broken, predicts them with a tiny classifier in a job of its own,
 and adds up what that process and all that it starts hold (PSS of Linux: shared pages are counted once). It fails if the
 counts are not exact or an image is missing or twice. A job that held names or results would grow with the images.
 """
