@@ -208,7 +208,7 @@ def test_coco_annotations_give_ids_files_and_scores(annotated: Path, tmp_path: P
     written = {}
     for suffix in ("json", "jsonl", "csv", "parquet"):
         path = written[suffix] = tmp_path / f"r.{suffix}"
-        models = [config.models[0].model_copy(update={"results": str(path)})]
+        models = (config.models[0].model_copy(update={"results": str(path)}),)
         summary = run_batch(config.model_copy(update={"models": models}))
     assert summary["models"]["m"]["metrics"]["AP50"] == 1
     assert summary["models"]["m"]["labels"] == {"dog": 4, "cat": 4}
