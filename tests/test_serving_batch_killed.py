@@ -1,5 +1,6 @@
 """A batch job whose parts are killed, each in the middle: what comes out equals what comes out undisturbed."""
 
+import contextlib
 import os
 import re
 import signal
@@ -46,7 +47,7 @@ def start(work: Path, name: str, *overrides: str, address: str = "") -> "subproc
         f"models: [{{name: m, artifact: {work / 'm.onnx'}}}]\n"
     )
     command = [sys.executable, "-m", "serving", "batch", str(work / f"{name}.yaml"), *overrides]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1"} | ({"RAY_ADDRESS": address} if address else {})
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"} | ({"RAY_ADDRESS": address} if address else {})
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -99,40 +100,65 @@ def test_the_driver(work: Path) -> None:
     check(work, "driver")
 
 
+CLUSTER = """
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+cluster.wait_for_nodes()
+raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
+print(cluster.address, *raylets, flush=True)
+input()
+cluster.remove_node(nodes[0], allow_graceful=False)
+print(flush=True)
+input()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head and two more nodes, of a CPU each, on this machine."""
-    from ray.cluster_utils import Cluster
+def cluster() -> Iterator[tuple[str, list[int], Callable[[], None]]]:
+    """A head and two more nodes, of a CPU each, on this machine: the address, the nodes' processes, and what removes
+    one of the two.
+    """
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # as the job's; of its own Ray only the node itself has the token
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield nodes
-    nodes.shutdown()
+        def remove_node() -> None:
+            stdin.write("\n")
+            stdin.flush()
+            assert stdout.readline(), "the cluster has ended"
+
+        address, *raylets = stdout.readline().split()
+        yield address, [int(pid) for pid in raylets], remove_node
+        stdin.write("\n")
 
 
-def processes(title: str, session: str) -> list[int]:
-    """Processes of a Ray session by their title."""
+def workers(nodes: list[int], title: str) -> list[int]:
+    """The processes of a title that are children of the nodes'."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if title in (path / "cmdline").read_text() and session in (path / "environ").read_text():
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent in nodes and (path / "cmdline").read_text().startswith(title):
                 found.append(int(path.name))
-        except OSError:
-            continue
     return found
 
 
-def test_an_actor_a_task_and_a_node(work: Path, cluster: Any) -> None:
+def test_an_actor_a_task_and_a_node(work: Path, cluster: tuple[str, list[int], Callable[[], None]]) -> None:
     """On a cluster, with decoding in tasks: first an actor, then the listing or a decoding task, then a whole node."""
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    cluster.wait_for_nodes()
-    session = cluster.head_node.get_session_dir_path()
+    address, nodes, remove_node = cluster
     actors = ["actors.min_actors=2", "actors.num_cpus=1", "actors.threads=1"]
-    job = start(work, "cluster", "decode=tasks", *actors, address=cluster.address)
-    for at_least, title in [(2, "ray::MapWorker"), (5, "ray::Map")]:
-        wait_for(lambda: parts(work, "cluster") >= at_least, job)  # noqa: B023
-        wait_for(lambda: [os.kill(pid, signal.SIGKILL) for pid in processes(title, session)[:1]], job)  # noqa: B023
+    job = start(work, "cluster", "decode=tasks", *actors, address=address)
+    for at_least, title in [(2, "ray::MapWorker"), (5, "ray::Map(")]:
+        wait_for(lambda: parts(work, "cluster") >= at_least, job)  # noqa: B023 - it is called at once
+        (victim,) = wait_for(lambda: workers(nodes, title)[:1], job)  # noqa: B023
+        os.kill(victim, signal.SIGKILL)
     wait_for(lambda: parts(work, "cluster") >= 8, job)
-    cluster.remove_node(nodes[0], allow_graceful=False)
+    remove_node()
     assert parts(work, "cluster") < IMAGES // PART
     finish(job)
     check(work, "cluster")
