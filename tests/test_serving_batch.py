@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from artifacts import BOXES, COLOURS, picture, write_classifier, write_detector
+from jobs import job
 from onnx import numpy_helper
 from PIL import Image
 
@@ -80,13 +81,6 @@ def broken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = ["in/good.jpg", "in/truncated.jpg", "", "in/empty.png", f"{good}", "in/text.jpg", "in/none.jpg"]
     manifest.write_text("\n".join([*lines, "  in/good.jpg  "]) + "\n")
     return manifest
-
-
-def job(model: Path | dict[str, Path], source: object, output: object, **values: Any) -> BatchConfig:
-    """A job of one model, `m`, or of several by name."""
-    paths = model if isinstance(model, dict) else {"m": model}
-    models = [{"name": name, "artifact": str(path)} for name, path in paths.items()]
-    return BatchConfig.model_validate({"input": str(source), "output": str(output), "models": models} | values)
 
 
 def bits(result: Classification | Detections | None) -> list[bytes | tuple[int, int]]:
