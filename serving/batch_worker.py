@@ -126,9 +126,9 @@ class Decoder:
     def __init__(self, artifacts: Sequence[Artifact]):
         self.artifacts = artifacts
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         files, _ = _value_of(table)
-        return _row_of((files, [prepare_file(file, self.artifacts) for file in files]))
+        yield _row_of((files, [prepare_file(file, self.artifacts) for file in files]))
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,13 @@ class BatchWorker:
         on_gpu = any(model.provider in ON_GPU for model in models)
         self.pool = ThreadPoolExecutor(cores if on_gpu else threads, thread_name_prefix="decode")
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # of a generator Ray Data hands on errors as they are
         files, prepared = _value_of(table)
         rows: list[list[Row]] = [[] for _ in self.predictors]
         for batch in self._predict(files, prepared):
             for all_rows, some in zip(rows, batch, strict=True):
                 all_rows += some
-        return _row_of([self._table(i, files, rows[i]) for i in range(len(rows))])
+        yield _row_of([self._table(i, files, rows[i]) for i in range(len(rows))])
 
     def _predict(self, files: Sequence[File], prepared: Sequence[Prepared] | None) -> Iterator[list[list[Row]]]:
         if prepared is None:
