@@ -259,7 +259,7 @@ def test_an_output_of_another_job_is_refused(images: Path, tmp_path: Path) -> No
         (job(model, images, output), "holds results of another number of images, 5 and not 13: name"),
         (job(model, tmp_path / "list.txt", output), r"holds results of another input, \w{12} and not"),
         (job(model, images / "a", output, part_rows=9), "holds results of another part_rows, 512 and not 9: name"),
-        (job(model, images / "a", tmp_path), "holds other files, such as m.onnx: name a new folder"),
+        (job(model, images / "a", tmp_path), "holds other files, such as list.txt: name a new folder"),
     ]:
         with pytest.raises(InputError, match=message):
             run_batch(config)
