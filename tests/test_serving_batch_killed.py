@@ -89,7 +89,7 @@ def test_the_driver(work: Path) -> None:
         job = start(work, "driver")
         wait_for(lambda: parts(work, "driver") >= at_least, job)  # noqa: B023 - it is called at once
         job.send_signal(signal.SIGKILL)
-        job.wait()
+        job.communicate()
     done = parts(work, "driver")
     (work / "driver" / "m" / ".part-000099.abcdefgh.parquet").write_bytes(b"half of a part")  # as a kill may leave
     before = {path: path.stat().st_mtime_ns for path in (work / "driver" / "m").glob("part-*")}
