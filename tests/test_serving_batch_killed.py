@@ -149,15 +149,15 @@ def workers(nodes: list[int], title: str) -> list[int]:
 
 
 def test_an_actor_a_task_and_a_node(work: Path, cluster: tuple[str, list[int], Callable[[], None]]) -> None:
-    """On a cluster, with decoding in tasks: first an actor, then the listing or a decoding task, then a whole node."""
+    """On a cluster, with decoding in tasks: first the listing or a decoding task, then an actor, then a whole node."""
     address, nodes, remove_node = cluster
     actors = ["actors.min_actors=2", "actors.num_cpus=1", "actors.threads=1"]
     job = start(work, "cluster", "decode=tasks", *actors, address=address)
-    for at_least, title in [(2, "ray::MapWorker"), (5, "ray::Map(")]:
+    for at_least, title in [(0, "ray::MapBatches"), (3, "ray::MapWorker")]:
         wait_for(lambda: parts(work, "cluster") >= at_least, job)  # noqa: B023 - it is called at once
         (victim,) = wait_for(lambda: workers(nodes, title)[:1], job)  # noqa: B023
         os.kill(victim, signal.SIGKILL)
-    wait_for(lambda: parts(work, "cluster") >= 8, job)
+    wait_for(lambda: parts(work, "cluster") >= 6, job)
     remove_node()
     assert parts(work, "cluster") < IMAGES // PART
     finish(job)
