@@ -23,6 +23,8 @@ def start_ray(**kwargs: Any) -> bool:
 
     if ray.is_initialized():
         return False
+    # By itself Ray joins the last one that anybody started on this machine.
+    kwargs = {"address": os.environ.get("RAY_ADDRESS") or "local"} | kwargs
     with _silent_stderr():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL, **kwargs)
     return True

@@ -10,8 +10,11 @@ from filelock import FileLock
 
 ON_RAY = {
     f"test_serving_{name}"
-    for name in ("app", "batch", "cluster", "evaluate", "grpc", "observe", "resilience", "rollout", "scaling", "serve")
-}
+    for name in (
+        "app", "batch", "batch_killed", "cluster", "evaluate", "grpc", "observe", "prove", "resilience", "rollout",
+        "scaling", "serve",
+    )
+}  # fmt: skip
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # such as gw0; None in one process alone
 # Ray reads it when a test module first imports it: under `uv run` it would copy this folder for its workers.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

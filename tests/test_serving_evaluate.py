@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jobs import job
 
 import backbones.evaluate
 import detection.evaluate
@@ -68,9 +69,9 @@ def line(exported, tmp_path_factory):
     annotate_own_detections(root, "m", str(CONFIGS / "detector.yaml"), masks)
     models = [{"name": name, "artifact": str(root / f"{name}.onnx")} for name in "cdm"]
     with start(ServingConfig.model_validate({"port": 0, "models": models})) as service:
-        run_batch(root / "c.onnx", root / "c" / "val", root / "c.parquet", batch_size=4)
-        run_batch(root / "d.onnx", root / "d", root / "d.parquet", batch_size=3)
-        run_batch(root / "m.onnx", root / "d", root / "m.parquet", batch_size=3)
+        run_batch(job({"c": root / "c.onnx"}, root / "c" / "val", root / "of-c", batch_size=4))
+        both = {name: root / f"{name}.onnx" for name in "dm"}
+        run_batch(job(both, root / "d", root / "of-d", batch_size=3, part_rows=8))
         yield (
             root,
             service.url,
@@ -82,7 +83,11 @@ def line(exported, tmp_path_factory):
 
 def sources(root: Path, url: str, name: str):
     endpoint = EndpointSource(f"{url}/v2/models/{name}")
-    return ArtifactSource(root / f"{name}.onnx", "cpu"), endpoint, ResultsSource(root / f"{name}.parquet")
+    return (
+        ArtifactSource(root / f"{name}.onnx", "cpu"),
+        endpoint,
+        ResultsSource(root / ("of-c" if name == "c" else "of-d") / name),
+    )
 
 
 def test_classifier(line):
@@ -155,7 +160,7 @@ def test_commands(line, capsys):
     root, url, (config, overrides), (detector, more), _ = line
     main(["eval", config, "--model", str(root / "c.onnx"), *overrides])  # overrides may follow options
     main(["eval", config, *overrides, "--endpoint", url])  # the one model of the config's network is found
-    main(["eval", detector, *more, "--predictions", str(root / "d.parquet")])
+    main(["eval", detector, *more, "--predictions", str(root / "of-d" / "d")])
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[-3].split(";")[0] == lines[-2].split(";")[0]
     assert "AP50" in lines[-1]
@@ -186,9 +191,9 @@ def test_other_thresholds_than_the_artefacts_are_refused(line):
 
 def test_a_job_on_a_part_is_no_evaluation_of_the_whole(line):
     root, _, (config, overrides), *_ = line
-    run_batch(root / "c.onnx", root / "c" / "val" / "circle", root / "part.parquet")
+    run_batch(job(root / "c.onnx", root / "c" / "val" / "circle", root / "part"))
     with pytest.raises(InputError, match="has no row for|fits several images"):
-        run_eval(config, overrides, ResultsSource(root / "part.parquet"))
+        run_eval(config, overrides, ResultsSource(root / "part" / "m"))
 
 
 def test_results_of_another_data_set_and_broken_images(line, tmp_path):
@@ -197,6 +202,6 @@ def test_results_of_another_data_set_and_broken_images(line, tmp_path):
     (tmp_path / "val" / "circle" / "9999.png").write_bytes(b"broken")
     here = [*overrides, f"data.root={tmp_path}"]
     with pytest.raises(InputError, match="has no row for .*9999.png"):
-        run_eval(config, here, ResultsSource(root / "c.parquet"))
+        run_eval(config, here, ResultsSource(root / "of-c" / "c"))
     with pytest.raises(InputError, match=r"9999.png.*cannot be decoded"):
         run_eval(config, here, ArtifactSource(root / "c.onnx"))

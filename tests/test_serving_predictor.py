@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from artifacts import BOXES, SCORES, write_detector
+from jobs import job
 from mask_artifacts import write_masks, write_raw
 from PIL import Image
 
@@ -100,6 +101,6 @@ def test_raw_heads_are_refused_everywhere(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"model 'm': .*{refused}"):
         check_artifact("m", str(raw))
     with pytest.raises(InputError, match=refused):
-        run_batch(raw, tmp_path / "image.png", tmp_path / "r.parquet")
+        run_batch(job(raw, tmp_path / "image.png", tmp_path / "out"))
     with pytest.raises(InputError, match=refused):
         ArtifactSource(raw, "cpu")

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from artifacts import write_classifier, write_detector
+from jobs import job
 from onnx import helper, numpy_helper
 from runtimes import NO_OPENVINO, ON_CPU, assert_equal, pixels
 
@@ -138,7 +139,8 @@ def test_openvino_that_is_not_installed_is_an_error(
         OnnxModel(classifier, "openvino")
     (tmp_path / "i.jpg").write_bytes(b"")
     with pytest.raises(InputError, match="asked for openvino"):  # before Ray starts
-        run_batch(classifier, tmp_path / "i.jpg", tmp_path / "r.parquet", provider="openvino")
+        models = [{"name": "m", "artifact": str(classifier), "provider": "openvino"}]
+        run_batch(job(classifier, tmp_path / "i.jpg", tmp_path / "out", models=models))
 
 
 def test_options_that_do_not_go_together(classifier: Path, tmp_path: Path) -> None:
@@ -148,9 +150,10 @@ def test_options_that_do_not_go_together(classifier: Path, tmp_path: Path) -> No
     for provider in ("cuda", "tensorrt"):
         with pytest.raises(ValueError, match=f"provider {provider} needs num_gpus above 0"):
             ServedModel(name="m", artifact="m.onnx", provider=provider)
-    for provider, num_gpus in (("tensorrt", 0.0), ("openvino", 1.0)):
-        with pytest.raises(InputError, match=f"provider {provider} does not go with num_gpus={num_gpus}"):
-            run_batch(classifier, tmp_path, tmp_path / "r.parquet", provider=provider, num_gpus=num_gpus)
+    for provider, num_gpus in (("tensorrt", 0), ("openvino", 1)):
+        models = [{"name": "m", "artifact": "m.onnx", "provider": provider}]
+        with pytest.raises(ValueError, match=f"provider {provider} does not go with num_gpus={num_gpus}"):
+            job(classifier, "images", "out", models=models, actors={"num_gpus": num_gpus})
 
 
 def test_the_command_line_offers_all_providers_without_a_runtime() -> None:

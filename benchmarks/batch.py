@@ -1,0 +1,200 @@
+"""The batch job beside the best bare onnxruntime loop over the same files, on this machine's CPU.
+
+    python -m benchmarks.batch [--models cspresnet50 …] [--images 512] [--rounds 3] [--actors 1 2] [--json FILE]
+
+Side by side in one run: in every round the loop and the job have their turns on the same JPEG files, and the ratios
+are medians over the rounds. The loop is one process with an onnxruntime session of its own and no Ray: threads decode
+the next batches while one runs. It goes with batches of 1 and 8 and with 1 and 2 decoding threads; the job is held
+against the best of these. The job's speed is of its images after the first chunk: what comes before, the start of
+Ray and of the actors, does not grow with the images, and is stated in seconds. Two actors have half of the cores each.
+
+The stages are measured on the way: what one core needs to read, decode and resize an image; what all cores need to run
+it; what one core needs to write its row. docs/batch.md computes from these what a cluster does.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from backbones.cli import at_least
+from backbones.errors import exit_on_input_error
+from backbones.files import list_images, versions, write_json
+from benchmarks.export import random_classifier, random_detector
+from detection.spec import is_detector
+from serving.artifact import Artifact, read_whole
+from serving.batch import run_batch
+from serving.batch_config import BatchConfig
+from serving.batch_worker import predict_files
+from serving.export import run_export
+from serving.inputs import File
+from serving.parts import Output
+from serving.predictor import create_predictor, prepare
+from serving.ray_start import start_ray
+from serving.results import to_table
+from serving.runtime import OnnxModel, usable_cores
+from serving.shapes import background
+
+MODELS = ("cspresnet50", "fcos_cspresnet50_fpn")
+SIZE = (500, 375)  # of the drawn files, pixels: ImageNet's mean
+BATCH = 8
+LOOPS = [(batch, decoders) for batch in (1, BATCH) for decoders in (1, 2)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--images", type=at_least(64), default=512, help="of a turn")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--actors", nargs="+", type=at_least(1), default=(1, 2))
+    parser.add_argument("--decode", nargs="+", choices=("actors", "tasks"), default=("actors",))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {
+        "cores": usable_cores(), "settings": vars(args) | {"json": None},
+        "versions": versions("ray", "onnxruntime-gpu", "pillow", "pyarrow"), "models": {},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        draw(root / "images", args.images)
+        start = time.perf_counter()
+        start_ray()
+        result["ray_start_s"] = time.perf_counter() - start
+        for name in args.models:
+            result["models"][name] = race(name, root, args)
+            print(json.dumps({name: result["models"][name]}, indent=1), flush=True)
+    print(markdown(result))
+    if args.json:
+        write_json(args.json, result)
+
+
+def draw(folder: Path, count: int) -> None:
+    """JPEG files with as much detail as photographs have: about 100 KB each."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    pictures = [background(rng, *SIZE) for _ in range(16)]
+    for i in range(count):
+        pictures[i % 16].rotate(180 * (i % 2)).save(folder / f"{i:06d}.jpg", quality=92)
+
+
+def race(name: str, root: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Every contestant's images a second in every round, the ratios of their medians, and the stages."""
+    artifact = root / f"{name}.onnx"
+    build = random_detector if is_detector(name) else random_classifier
+    build(name, root / "w.safetensors")
+    run_export(str(root / "w.safetensors"), artifact)
+    paths = list_images(root / "images")
+    said = read_whole(artifact).artifact
+    jobs = [(decode, actors) for decode in args.decode for actors in args.actors]
+    speeds: dict[str, list[float]] = {}
+    starts: dict[str, list[float]] = {}
+    for turn in range(args.rounds):
+        for batch, decoders in LOOPS:
+            speeds.setdefault(f"loop, batch {batch}, {decoders} decoding", []).append(
+                bare_loop(artifact, said, paths, batch, decoders)
+            )
+        for decode, actors in jobs:
+            key = f"job, {actors} actor{'s' if actors > 1 else ''}, decode in {decode}"
+            speed, start = run_job(artifact, root, f"{name}-{turn}-{decode}-{actors}", decode, actors)
+            speeds.setdefault(key, []).append(speed)
+            starts.setdefault(key, []).append(start)
+    medians = {key: statistics.median(values) for key, values in speeds.items()}
+    best = max((key for key in medians if key.startswith("loop")), key=lambda key: medians[key])
+    ratios = {key: [a / b for a, b in zip(values, speeds[best], strict=True)] for key, values in speeds.items()}
+    return {
+        "images_per_s": medians, "best_loop": best,
+        "over_the_loop": {key: statistics.median(ratios[key]) for key in starts},
+        "spread": {key: [min(ratios[key]), max(ratios[key])] for key in starts},
+        "start_s": {key: statistics.median(values) for key, values in starts.items()},
+        "stages_ms": stages(artifact, paths[: 8 * BATCH], root / f"{name}-stages"),
+    }  # fmt: skip
+
+
+def bare_loop(path: Path, said: Artifact, paths: Sequence[Path], batch: int, decoders: int) -> float:
+    """Images a second of a loop that keeps nothing but the outputs, after a first batch."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
+
+    def batches(pool: ThreadPoolExecutor) -> Iterator[list[Any]]:
+        ahead: deque[list[Future[Any]]] = deque()
+        for i in range(0, len(paths), batch):
+            ahead.append([pool.submit(prepare, file, said) for file in paths[i : i + batch]])
+            if len(ahead) * batch >= 2 * BATCH:
+                yield [future.result() for future in ahead.popleft()]
+        for futures in ahead:
+            yield [future.result() for future in futures]
+
+    with ThreadPoolExecutor(decoders) as pool:
+        start, images, kept = 0.0, 0, []
+        for prepared in batches(pool):
+            kept.append(session.run(None, predictor.inputs(prepared)))
+            if not start:
+                start = time.perf_counter()
+            else:
+                images += len(prepared)
+        return images / (time.perf_counter() - start)
+
+
+def run_job(artifact: Path, root: Path, name: str, decode: str, actors: int) -> tuple[float, float]:
+    """Images a second after the first chunk, and seconds until that came."""
+    config = BatchConfig.model_validate({
+        "input": str(root / "images"), "output": str(root / name), "decode": decode, "batch_size": BATCH,
+        "actors": {"min_actors": actors}, "models": [{"name": "m", "artifact": str(artifact)}],
+    })  # fmt: skip
+    summary = run_batch(config)
+    return summary["images_per_s"], summary["start_s"]
+
+
+def stages(artifact: Path, paths: Sequence[Path], folder: Path) -> dict[str, float]:
+    """Milliseconds an image."""
+    predictor = create_predictor(OnnxModel(artifact, "cpu"))
+    said = predictor.metadata
+    files = [File(path.name, str(path).encode()) for path in paths]
+    prepared, decode_ms = timed(lambda: [prepare(path, said) for path in paths])
+    _, run_ms = timed(lambda: [predictor.predict(prepared[i : i + BATCH]) for i in range(0, len(paths), BATCH)])
+    with ThreadPoolExecutor(1) as pool:
+        rows = [row for (some,) in predict_files([predictor], files, BATCH, pool) for row in some]
+    output = Output(folder, ["m"], len(rows))
+    _, write_ms = timed(lambda: output.write(0, [to_table(rows, said)]))
+    pixels = [getattr(item, "pixels", item).nbytes for item in prepared]
+    return {
+        "decode": decode_ms / len(paths), "run": run_ms / len(paths), "write": write_ms / len(paths),
+        "decoded_kib": statistics.mean(pixels) / 1024,
+    }  # fmt: skip
+
+
+def timed(work: Any, rounds: int = 3) -> tuple[Any, float]:
+    """What the work gives, and the median of its milliseconds."""
+    times = []
+    for _ in range(1 + rounds):
+        start = time.perf_counter()
+        result = work()
+        times.append((time.perf_counter() - start) * 1000)
+    return result, statistics.median(times[1:])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row a job: the loop's speed, the job's, their ratio, and seconds to start."""
+    lines = ["| model | job | images/s | best loop | ratio | start, s |", "|---|---|---|---|---|---|"]
+    for name, figures in result["models"].items():
+        loop = figures["images_per_s"][figures["best_loop"]]
+        for key, ratio in figures["over_the_loop"].items():
+            speed, start = figures["images_per_s"][key], figures["start_s"][key]
+            lines.append(f"| {name} | {key[5:]} | {speed:.1f} | {loop:.1f} | {ratio:.2f} | {start:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()

@@ -1,0 +1,117 @@
+"""The memory of a batch job, over the number of its images.
+
+    python -m benchmarks.batch_memory [--images 2000 20000] [--json FILE]
+
+Draws small JPEG files, every hundredth of them broken, predicts them with a tiny classifier in a job of its own,
+and adds up what that process and all that it starts hold (PSS of Linux: shared pages are counted once). It fails if the
+counts are not exact or an image is missing or twice. A job that held names or results would grow with the images.
+"""
+
+import argparse
+import collections
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from backbones.cli import at_least
+from backbones.errors import exit_on_input_error
+from backbones.files import versions, write_json
+from benchmarks.export import random_classifier
+from serving.export import run_export
+from serving.results import iter_rows
+
+SIZE = (64, 48)
+BROKEN = 100  # one in so many
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", nargs="+", type=at_least(BROKEN), default=(2000, 20000))
+    parser.add_argument("--actors", type=at_least(1), default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {"settings": vars(args) | {"json": None}, "versions": versions("ray"), "jobs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        random_classifier("cspresnet10", root / "w.safetensors")
+        run_export(str(root / "w.safetensors"), root / "m.onnx")
+        for count in args.images:
+            draw(root / str(count), count)
+            result["jobs"].append({"images": count} | watch(root, count, args.actors))
+            print(json.dumps(result["jobs"][-1]), flush=True)
+    if args.json:
+        write_json(args.json, result)
+
+
+def draw(folder: Path, count: int) -> None:
+    """A hundred files a folder; each differs in its bytes."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"{i // 100:05d}" / f"{i:07d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (SIZE[1] // 8, SIZE[0] // 8, 3), np.uint8)).resize(SIZE).save(path)
+        if i % BROKEN == 0:
+            path.write_bytes(path.read_bytes()[:200])
+
+
+def watch(root: Path, count: int, actors: int) -> dict[str, Any]:
+    """Run the job, and look at its processes twice a second."""
+    output = root / f"{count}-out"
+    (root / "job.yaml").write_text(
+        f"input: {root / str(count)}\noutput: {output}\nactors: {{min_actors: {actors}}}\n"
+        f"models: [{{name: m, artifact: {root / 'm.onnx'}}}]\n"
+    )
+    start = time.perf_counter()
+    job = subprocess.Popen([sys.executable, "-m", "serving", "batch", str(root / "job.yaml")])
+    peaks: dict[str, int] = collections.Counter()
+    while job.poll() is None:
+        held = {pid: pss(pid) for pid in [job.pid, *descendants(job.pid)]}
+        peaks["job_mib"] = max(peaks["job_mib"], held[job.pid] >> 10)
+        peaks["largest_worker_mib"] = max(peaks["largest_worker_mib"], max(held.values()) >> 10)
+        peaks["all_mib"] = max(peaks["all_mib"], sum(held.values()) >> 10)
+        time.sleep(0.5)
+    assert job.returncode == 0, f"the job ended with {job.returncode}"
+    rows = [(row.path, row.error is not None) for row in iter_rows(output / "m")]
+    wanted = [(f"{i // 100:05d}/{i:07d}.jpg", i % BROKEN == 0) for i in range(count)]
+    assert rows == wanted, "images are missing, twice, or wrongly said to be broken"
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["images"], summary["errors"]) == (count, len(range(0, count, BROKEN))), summary
+    return {"seconds": time.perf_counter() - start, "images_per_s": summary["images_per_s"], **peaks}
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and theirs."""
+    children: dict[int, list[int]] = collections.defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended
+            continue
+        children[parent].append(int(stat.parent.name))
+    found, next_ = [], [pid]
+    while next_:
+        next_ = [child for parent in next_ for child in children[parent]]
+        found += next_
+    return found
+
+
+def pss(pid: int) -> int:
+    """KiB that a process holds, of shared pages its share."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error():
+        main()
