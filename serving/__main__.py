@@ -67,16 +67,12 @@ def _deploy_config(args: argparse.Namespace) -> None:
 
 
 def _batch(args: argparse.Namespace) -> None:
+    from backbones.config import load_config
     from serving.batch import run_batch
+    from serving.batch_config import BatchConfig
+    from serving.batch_report import summary_lines
 
-    summary = run_batch(
-        args.model, args.input, args.output, batch_size=args.batch_size, actors=args.actors,
-        num_gpus=args.num_gpus, provider=args.provider,
-    )  # fmt: skip
-    print(
-        f"{summary['output']}: {summary['images']} images, {summary['errors']} errors, "
-        f"{summary['seconds']:.1f} s, {summary['images_per_s']:.1f} images/s"
-    )
+    print("\n".join(summary_lines(run_batch(load_config(BatchConfig, args.config, args.overrides)))))
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -142,14 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_config_arguments(command)
     command.set_defaults(run=_deploy_config)
 
-    command = commands.add_parser("batch", help="predict a folder of images on Ray Data")
-    command.add_argument("--model", required=True, metavar="FILE.onnx")
-    command.add_argument("--input", required=True, help="a folder, an image, or a .txt file of paths")
-    command.add_argument("--output", required=True, metavar="FILE.parquet")
-    command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--actors", type=int, default=1)
-    command.add_argument("--num-gpus", type=float, default=0, help="of each actor; a fraction shares a GPU")
-    command.add_argument("--provider", choices=PROVIDERS, default="auto")
+    command = commands.add_parser("batch", help="predict many images on Ray Data, or what is missing of them")
+    add_config_arguments(command)
     command.set_defaults(run=_batch)
 
     command = commands.add_parser("eval", help="top-1 or AP50 of an artefact, an endpoint or a batch job's results")
@@ -157,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="FILE.onnx")
     source.add_argument("--endpoint", metavar="URL", help="of a server or of one of its models")
-    source.add_argument("--predictions", metavar="FILE.parquet", help="what `serving batch` wrote")
+    source.add_argument("--predictions", metavar="FOLDER", help="a model's, that `serving batch` wrote")
     command.add_argument("--provider", choices=PROVIDERS, default="auto", help="for --model")
     command.set_defaults(run=_eval)
 

@@ -1,210 +1,188 @@
-"""Many images through one artefact on Ray Data, into one Parquet file; no torch here.
+"""Many images through one or several artefacts on Ray Data, into a folder of Parquet parts; no torch here.
 
-One row an image, in the order of the input.
+    list ──► [decode] ──► predict ──► parts
+    a task   tasks, or    a pool of   here, in the input's order
+    here     in actors    actors
+
+Chunks of images go through in order, so that what is finished is always a beginning of the input: `serving/parts.py`
+says how a job goes on. Ray Data bounds what waits between the stages; the list is read as it is needed.
+
+Ray Data's own checkpoints (2.60) would not do: they want an id that is unique among the rows, where a list may name an
+image twice; hold all finished ids in memory; and do not say which artefact and which input the rows are of.
 """
 
 import contextlib
 import gc
+import itertools
 import os
 import time
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from backbones.errors import InputError
-from backbones.files import IMAGE_SUFFIXES, list_images, write_aside
-from backbones.preprocess import ImageError
 from backbones.progress import progress
-from serving.artifact import Artifact
-from serving.predictor import Predictor, create_predictor
-from serving.providers import ON_GPU, Provider
+from serving.artifact import Artifact, read_whole
+from serving.batch_config import BatchConfig
+from serving.batch_report import check_labels, check_truth, write_report
+from serving.batch_worker import BatchWorker, Decoder, Lister, WorkerModel, result_of
+from serving.exports import check_export, write_export
+from serving.inputs import list_files, write_list
+from serving.parts import INPUTS, LISTED, Output, room_on_disk
+from serving.predictor import create_predictor
+from serving.providers import ON_GPU
 from serving.ray_start import start_ray
-from serving.results import Row, schema_of, to_table
-from serving.runtime import OnnxModel, usable_cores
+from serving.runtime import OnnxModel
 
-BATCHES_A_TASK = 8  # at most: enough to hide Ray's cost of a task, few enough for the progress bar to move
-ROWS_A_GROUP = 4096  # of the Parquet file, and held in memory until then
+BATCHES_A_CHUNK = 8  # at most: enough to hide Ray's cost of a task, few enough for the progress bar to move
+DECODED_BATCHES_A_CHUNK = 2  # of decode=tasks, whose chunks carry pixels
+ENOUGH = 100  # images, before a share of errors means anything
+RETRIES = 3  # of a chunk whose worker died: an image may be what killed it
+# What Ray Data's listing may be ahead of the actors; read when ray.data is imported.
+_BACKPRESSURE = "RAY_DATA_DOWNSTREAM_CAPACITY_OBJECT_STORE_BUDGET_UTIL_THRESHOLD"
 
 
 @dataclass(frozen=True)
-class File:
-    """An image to read: its name in the results and where it is."""
+class Opened:
+    """A model of the config, and what its artefact says."""
 
     name: str
-    source: bytes  # an absolute path as the operating system has it, which need not be UTF-8
+    artifact: Artifact
+    worker: WorkerModel
 
 
-def run_batch(
-    model: str | Path,
-    input: str | Path,
-    output: str | Path,
-    *,
-    batch_size: int = 8,
-    actors: int = 1,
-    num_gpus: float = 0,
-    provider: Provider = "auto",
-) -> dict[str, Any]:
-    """Predict every image of `input` (a folder, an image, or a `.txt` of paths) and write `output`.
+def run_batch(config: BatchConfig) -> dict[str, Any]:
+    """Predict every image of the input, or those that an earlier start did not, and report on all; the summary.
 
-    A file that cannot be decoded becomes a row with its error. `num_gpus` is of each actor; `auto` is CUDA if
-    it is over 0. Ray is started if need be and then shut down; a Ray that runs already is left running.
+    Ray is started if need be and then shut down; a Ray that runs already is left running.
 
     Raises:
-        InputError: no images, no artefact, an output that cannot be written, or GPUs that cannot be had.
+        InputError: no images, no artefact, an output of another job or that cannot be written, GPUs that cannot be had,
+            or too many images that cannot be read.
     """
     start = time.perf_counter()
-    if min(batch_size, actors) < 1 or num_gpus < 0:
-        raise InputError(f"batch_size={batch_size}, actors={actors}, num_gpus={num_gpus}: give at least 1, 1 and 0")
-    if provider == "auto":
-        provider = "cuda" if num_gpus else "cpu"
-    if (provider in ON_GPU) != (num_gpus > 0):
-        raise InputError(
-            f"provider {provider} does not go with num_gpus={num_gpus}: cuda and tensorrt need a share of a GPU, and "
-            "no other has a use for it"
-        )
-    files = list_files(Path(input))
-    here: Provider = "cpu" if provider in ON_GPU else provider  # the GPU is the actors'
-    artifact = create_predictor(OnnxModel(model, here, threads=1)).metadata
-    if Path(output).is_dir():
-        raise InputError(f"output {output} is a folder: name a file in it, such as {Path(output) / 'results.parquet'}")
-    tasks = list(_parts(files, batch_size * _batches_a_task(len(files), batch_size, actors)))
-    with write_aside(output) as aside, progress(total=len(files), desc="batch", unit="image") as bar, _ray():
-        worker = {
-            "path": str(Path(model).absolute()),
-            "provider": provider,
-            "batch_size": batch_size,
-        }
-        results = _stream(tasks, worker, actors, num_gpus)
-        with contextlib.closing(results):
-            errors = _write(results, aside, artifact, bar)
-        assert bar.n == len(files), f"{len(files)} images went in and {bar.n} came out"
-    seconds = time.perf_counter() - start
-    return {
-        "images": len(files),
-        "errors": errors,
-        "seconds": seconds,
-        "images_per_s": len(files) / seconds,
-        "output": str(output),
-    }
+    opened = [_open(config, i) for i in range(len(config.models))]
+    files = list_files(config.input, config.images, config.labels == "folder")
+    files = itertools.chain([next(files)], files)  # it is there: now the folder may be
+    folder = Path(config.output)
+    output = Output(folder, [model.name for model in config.models], config.part_rows)
+    with output.locked():
+        with room_on_disk(folder):
+            listing = write_list(files, folder / LISTED)
+        artifacts = [model.artifact for model in opened]
+        for model, artifact in zip(config.models, artifacts, strict=True):
+            if model.results is not None:
+                check_export(model.results, artifact, listing.has_ids)
+        targets = check_labels(listing, artifacts, config.input)
+        check_truth(config.input, artifacts)
+        job = {f"artefact {model.name}": model.worker.sha256 for model in opened}
+        job |= {"number of images": listing.images, "input": listing.sha256}
+        with room_on_disk(folder):
+            output.claim(job | {"part_rows": config.part_rows, "annotated": config.annotated})
+        ready = _predict(config, opened, output, listing.images)
+        with room_on_disk(folder):
+            for model, artifact in zip(config.models, artifacts, strict=True):
+                if model.results is not None:
+                    write_export(folder / model.name, model.results, artifact)
+            return write_report(config, output, artifacts, targets, ready | {"total_s": time.perf_counter() - start})
 
 
-def list_files(source: Path) -> list[File]:
-    """The images of a folder tree (sorted), of a text file with one path a line, or the one image.
-
-    Raises:
-        InputError: nothing there, or neither of these.
-    """
-    if source.is_dir():
-        files = [_file(path.relative_to(source).as_posix(), path) for path in list_images(source)]
-        problem = f"no images ({', '.join(IMAGE_SUFFIXES)}) below {source}: is it the right folder?"
-    elif not source.is_file():
-        raise InputError(f"no input at {source}: give a folder of images, an image, or a .txt file of paths")
-    elif source.suffix.lower() == ".txt":
-        try:
-            lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {source} ({error}): give a text file in UTF-8, one path a line") from None
-        files = [_file(line, source.parent / line) for line in lines if line]
-        problem = f"{source} lists no images: write one path a line, relative to its folder"
-    elif source.suffix.lower() in IMAGE_SUFFIXES:
-        files = [_file(str(source), source)]
-    else:
-        raise InputError(f"{source} is no image ({', '.join(IMAGE_SUFFIXES)}) and no .txt file of paths: give either")
-    if not files:
-        raise InputError(problem)
-    return files
+def _open(config: BatchConfig, index: int) -> Opened:
+    """Find out here, before Ray starts, what is wrong with an artefact."""
+    model = config.models[index]
+    provider = config.provider(model)
+    here = "cpu" if provider in ON_GPU else provider  # the GPU is the actors'
+    artifact = create_predictor(OnnxModel(model.artifact, here, threads=1)).metadata
+    path = str(Path(model.artifact).absolute())
+    return Opened(model.name, artifact, WorkerModel(path, provider, read_whole(path).sha256))
 
 
-def _file(name: str, path: Path) -> File:
-    return File(_text(name), os.fsencode(path.absolute()))
-
-
-def _text(name: str) -> str:
-    """A file name without the surrogates that stand for bytes that are no UTF-8."""
-    return os.fsencode(name).decode(errors="replace")
-
-
-def _batches_a_task(images: int, batch_size: int, actors: int) -> int:
-    """Several tasks for each actor, so that none waits long for the last one."""
-    return max(1, min(BATCHES_A_TASK, images // (batch_size * actors * 4)))
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def predict_files(
-    predictor: Predictor, files: Sequence[File], batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[list[Row]]:
-    """Rows in the order of `files`, a batch at a time; while one batch runs, `pool` decodes the next."""
-    ahead: deque[tuple[Sequence[File], list[Future[Any]]]] = deque()
-    for part in _parts(files, batch_size):
-        ahead.append((part, [pool.submit(predictor.prepare, os.fsdecode(file.source)) for file in part]))
-        if len(ahead) == 2:
-            yield _predict(predictor, *ahead.popleft())
-    while ahead:
-        yield _predict(predictor, *ahead.popleft())
-
-
-def _predict(predictor: Predictor, files: Sequence[File], prepared: Sequence[Future[Any]]) -> list[Row]:
-    errors: dict[int, str] = {}
-    good = {}
-    for i, future in enumerate(prepared):
-        try:
-            good[i] = future.result()
-        except ImageError as error:
-            errors[i] = _text(str(error))
-    predicted: Sequence[Any] = predictor.predict(list(good.values())) if good else []
-    results = dict(zip(good, predicted, strict=True))
-    return [Row(file.name, results.get(i), errors.get(i)) for i, file in enumerate(files)]
-
-
-class BatchWorker:
-    """A predictor in a Ray actor: a row with one task's files in, tables of `schema_of` out."""
-
-    def __init__(self, path: str, provider: Provider, batch_size: int, threads: int):
-        cores = usable_cores()
-        threads = min(threads, cores)
-        self.predictor = create_predictor(OnnxModel(path, provider, threads))
-        self.batch_size = batch_size
-        self.pool = ThreadPoolExecutor(cores if provider in ON_GPU else threads, thread_name_prefix="decode")
-
-    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        (task,) = table.to_pylist()
-        files = [File(*pair) for pair in zip(task["names"], task["sources"], strict=True)]
-        for rows in predict_files(self.predictor, files, self.batch_size, self.pool):
-            yield to_table(rows, self.predictor.metadata)
-
-
-def _write(tables: Iterable[pa.Table], path: Path, artifact: Artifact, bar: "tqdm[Any]") -> int:
-    """Write the tables as they come; how many rows hold an error."""
-    errors = 0
-    waiting: list[pa.Table] = []
-    schema = schema_of(artifact)
-    with pq.ParquetWriter(path, schema) as writer:
-        for table in tables:
-            waiting.append(table.select(schema.names).cast(schema))
-            if sum(map(len, waiting)) >= ROWS_A_GROUP:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting.clear()
-            errors += table["error"].length() - table["error"].null_count
+def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, images: int) -> dict[str, Any]:
+    """Make the parts that are missing; how long that took."""
+    done = output.parts_done()
+    first = min(images, done * config.part_rows)
+    ready = {"predicted": images - first, "start_s": 0.0, "predict_s": 0.0}
+    errors = sum(map(output.errors_in, range(done)))
+    tally = Tally(config, first, errors)
+    if first < images:
+        started = time.perf_counter()
+        with progress(total=images, initial=first, desc="batch", unit="image") as bar, _ray():
             bar.set_postfix(errors=errors, refresh=False)
-            bar.update(len(table))
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting))
-    return errors
+            results = _stream(config, models, output.folder.absolute() / INPUTS, first, images)
+            with contextlib.closing(results):
+                ready |= _write(results, output, done, tally, bar)
+            assert bar.n == images, f"{images} images went in and {bar.n} came out"
+        ready["start_s"] = ready["first_s"] - started
+        ready["predict_s"] = time.perf_counter() - ready.pop("first_s")
+    return ready | {"errors": tally.errors}
+
+
+@dataclass
+class Tally:
+    """Images seen and those with an error, over all starts of the job."""
+
+    config: BatchConfig
+    seen: int
+    errors: int
+
+    def add(self, tables: Sequence[pa.Table]) -> None:
+        """Count a chunk.
+
+        Raises:
+            InputError: an error that the config does not suffer, or too many.
+        """
+        first = ""
+        for i, errors in enumerate(zip(*(table["error"].to_pylist() for table in tables), strict=True)):
+            self.seen += 1
+            if error := next(filter(None, errors), None):
+                self.errors += 1
+                first = first or f"{tables[0]['path'][i].as_py()}: {error}"
+        if first and self.config.on_error == "fail":
+            raise InputError(f"{first} (on_error=row would note it and go on)")
+        limit = self.config.max_error_share
+        if self.seen >= ENOUGH and self.errors > limit * self.seen:
+            example = f", such as {first}" if first else ""
+            raise InputError(
+                f"{self.errors} of {self.seen} images failed, over max_error_share={limit:g}{example}: mend the input, "
+                "or raise the limit and start again"
+            )
+
+
+def _write(
+    results: Iterator[list[pa.Table]], output: Output, part: int, tally: Tally, bar: "tqdm[Any]"
+) -> dict[str, float]:
+    """Write parts as the chunks come, from number `part` on; when the first chunk came."""
+    waiting: list[list[pa.Table]] = []
+    rows, first_s = 0, 0.0
+
+    def flush(count: int) -> None:
+        nonlocal waiting, rows, part
+        whole = [pa.concat_tables(tables) for tables in zip(*waiting, strict=True)]
+        output.write(part, [table.slice(0, count) for table in whole])
+        waiting, rows, part = [[table.slice(count) for table in whole]], rows - count, part + 1
+
+    for tables in results:
+        first_s = first_s or time.perf_counter()
+        tally.add(tables)
+        waiting.append(tables)
+        rows += len(tables[0])
+        bar.set_postfix(errors=tally.errors, refresh=False)
+        bar.update(len(tables[0]))
+        while rows >= output.rows:
+            flush(output.rows)
+    if rows:
+        flush(rows)
+    return {"first_s": first_s}
 
 
 @contextlib.contextmanager
 def _ray() -> Iterator[None]:
     """Ray, started here unless it runs already, and shut down only if started here."""
+    os.environ.setdefault(_BACKPRESSURE, "0")
     started = start_ray()
     import ray
 
@@ -215,44 +193,71 @@ def _ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def _stream(
-    tasks: Sequence[Sequence[File]], worker: dict[str, Any], actors: int, num_gpus: float
-) -> Generator[pa.Table, None, None]:
-    """The files of each task through a pool of actors, in order; Ray Data's backpressure bounds what waits."""
-    import ray.data
-    from ray.exceptions import RayTaskError
+def chunk_size(config: BatchConfig, images: int) -> int:
+    """Images of a chunk: several chunks for each actor, so that none waits long for the last one."""
+    most = BATCHES_A_CHUNK if config.decode == "actors" else DECODED_BATCHES_A_CHUNK
+    return config.batch_size * max(1, min(most, images // (config.batch_size * config.actors.most * 4)))
 
-    total = ray.cluster_resources()
-    free = ray.available_resources()
-    if num_gpus * actors > free.get("GPU", 0):
+
+def _stream(
+    config: BatchConfig, models: Sequence[Opened], inputs: Path, first: int, images: int
+) -> Generator[list[pa.Table], None, None]:
+    """The tables of each chunk from image `first` on, in order."""
+    import ray.data
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    actors, total, free = config.actors, ray.cluster_resources(), ray.available_resources()
+    if actors.num_gpus * actors.min_actors > free.get("GPU", 0):
         raise InputError(
-            f"{actors} actors with num_gpus={num_gpus} each, but Ray has {free.get('GPU', 0):g} GPUs free of "
-            f"{total.get('GPU', 0):g}: ask for less"
+            f"{actors.min_actors} actors with num_gpus={actors.num_gpus:g} each, but Ray has {free.get('GPU', 0):g} "
+            f"GPUs free of {total.get('GPU', 0):g}: ask for less"
         )
-    # One row a task: Ray Data splits rows evenly, and a batch should not depend on how. Nor `from_arrow`, whose
-    # own tasks ask for a CPU and wait for ever if there is none.
-    items = [{"names": [file.name for file in task], "sources": [file.source for file in task]} for task in tasks]
-    files = ray.data.from_items(items, override_num_blocks=len(items))
-    files.context.enable_progress_bars = False
-    files.context.print_on_execution_start = False
-    files.context.execution_options.preserve_order = True
-    results = files.map_batches(
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    data = ray.data.from_items([{"data": b""}])
+    data.context.enable_progress_bars = False
+    data.context.print_on_execution_start = False
+    data.context.execution_options.preserve_order = True
+    data.context.target_max_block_size = 1  # a row is a block, and so a task: a batch depends on nothing else
+    rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    # No CPU: others, such as Serve's replicas, may hold all of them, and it would wait for ever.
+    data = data.map_batches(Lister(inputs, first, chunk_size(config, images)).__call__, **rows,
+                            num_cpus=0, scheduling_strategy=here)  # fmt: skip
+    if config.decode == "tasks":
+        decoder = Decoder([model.artifact for model in models])
+        data = data.map_batches(decoder.__call__, **rows, num_cpus=1, scheduling_strategy="SPREAD")
+    results = data.map_batches(
         BatchWorker,
-        fn_constructor_kwargs=worker | {"threads": max(1, int(total.get("CPU", 1)) // actors)},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        # What others, such as Serve's replicas, leave over: asking for more would wait for ever.
-        num_cpus=min(100, int(100 * free.get("CPU", 0) / actors)) / 100,
-        num_gpus=num_gpus,
+        fn_constructor_kwargs={
+            "models": [model.worker for model in models],
+            "batch_size": config.batch_size,
+            "threads": actors.threads or max(1, int(total.get("CPU", 1)) // actors.most),
+            "annotated": config.annotated,
+        },
+        compute=ray.data.ActorPoolStrategy(min_size=actors.min_actors, max_size=actors.most),
+        num_cpus=_share(free.get("CPU", 0) - (config.decode == "tasks"), actors.most)
+        if actors.num_cpus is None
+        else actors.num_cpus,
+        num_gpus=actors.num_gpus,
+        scheduling_strategy="SPREAD",
+        max_task_retries=RETRIES,
+        **rows,
     )
     mistake = ""
     try:
-        yield from results.iter_batches(batch_size=None, batch_format="pyarrow")
+        for row in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield result_of(row)
     except RayTaskError as error:
         if not isinstance(error.cause, InputError):
             raise
         mistake = str(error.cause).splitlines()[0]  # Ray Data adds lines of its own
+    except RayError as error:
+        mistake = f"the job's workers end, last with: {' '.join(str(error).split())[:300]}; what is finished is kept"
     if mistake:
         gc.collect()  # the actors of a failed job stop when nothing refers to them, which tracebacks do
         raise InputError(mistake)
+
+
+def _share(cpus: float, actors: int) -> float:
+    """An actor's part of the CPUs that are free, in hundredths."""
+    return max(0, min(100, int(100 * cpus / actors))) / 100

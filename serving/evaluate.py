@@ -4,7 +4,6 @@ The data sets and the metric are those of `backbones eval` and `detection eval`;
 from elsewhere, so that the figures can be held side by side.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +27,7 @@ from detection.config import DetectorConfig
 from detection.evaluate import summary as detector_summary
 from detection.spec import canonical_name, is_detector
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
-from serving.batch import File, predict_files
+from serving.batch_worker import local_file, predict_files
 from serving.calls import ServerError
 from serving.client import Client
 from serving.predictor import Classification, Detections, create_predictor
@@ -59,9 +58,8 @@ class ArtifactSource:
         self.metadata: Artifact = self.predictor.metadata
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
-        files = [File(str(path), os.fsencode(path.absolute())) for path in paths]
         with ThreadPoolExecutor() as pool:
-            for rows in predict_files(self.predictor, files, BATCH_SIZE, pool):
+            for (rows,) in predict_files([self.predictor], [local_file(path) for path in paths], BATCH_SIZE, pool):
                 yield from rows
 
 
@@ -114,7 +112,7 @@ def _find_model(client: Client, network: str) -> str:
 
 
 class ResultsSource:
-    """What a batch job wrote. Its paths are below its input folder, and are matched from the right."""
+    """What a batch job wrote, in a model's folder. Its paths are below its input, and are matched from the right."""
 
     def __init__(self, path: str | Path):
         self.name, self.path = "batch", path

@@ -17,7 +17,7 @@ from backbones.errors import InputError
 from backbones.metrics import rank
 from backbones.preprocess import Fitted, Pixels, canvas_size, classifier_pixels, decode, detector_pixels, stack
 from detection.masks import PastedMasks, RunLengths
-from serving.artifact import ClassifierArtifact, DetectorArtifact
+from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.runtime import OnnxModel
 
 Source = bytes | str | Path | Pixels  # an image: encoded, of a path, or uint8 [H, W, 3] in RGB
@@ -57,7 +57,7 @@ class Classifier:
         Raises:
             ImageError: it cannot be decoded.
         """
-        return classifier_pixels(_picture(image), self.metadata.preprocess)
+        return prepare(image, self.metadata)
 
     def inputs(self, prepared: Sequence[Pixels]) -> dict[str, npt.NDArray[Any]]:
         """What the artefact takes, of images that `prepare` gave."""
@@ -83,7 +83,7 @@ class Detector:
         Raises:
             ImageError: it cannot be decoded.
         """
-        return detector_pixels(_picture(image), self.metadata.preprocess)
+        return prepare(image, self.metadata)
 
     def inputs(self, prepared: Sequence[Fitted]) -> dict[str, npt.NDArray[Any]]:
         """What the artefact takes, of images of one canvas that `prepare` gave."""
@@ -102,6 +102,17 @@ class Detector:
             for row, i in enumerate(members):
                 results[i] = _detections(outputs, row, prepared[i])
         return [results[i] for i in range(len(prepared))]
+
+
+def prepare(image: Source, artifact: Artifact) -> Any:
+    """What the predictor of an artefact takes of one image, `Pixels` or `Fitted`, without a model to run it.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    if isinstance(artifact, ClassifierArtifact):
+        return classifier_pixels(_picture(image), artifact.preprocess)
+    return detector_pixels(_picture(image), artifact.preprocess)
 
 
 def _picture(image: Source) -> Image.Image:

@@ -1,6 +1,7 @@
 """The whole line on drawn data: train, evaluate, export, serve, run in batch, and hold the figures side by side."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from backbones.files import list_images, write_json
 from detection.config import DetectorConfig
 from serving.artifact import DetectorArtifact
 from serving.batch import run_batch
+from serving.batch_config import BatchConfig
 from serving.client import Client
 from serving.config import ServingConfig
 from serving.evaluate import ArtifactSource, EndpointSource, ResultsSource, Source, run_eval
@@ -74,9 +76,9 @@ def run_quickstart(output: str | Path) -> dict[str, Any]:
         pictures = _pictures(root, service.url)
         step("running batch jobs")
         for name, folder in (("classifier", "classification"), ("detector", "detection")):
-            run_batch(root / f"{name}.onnx", root / f"data/{folder}/val", root / f"{name}.parquet")
+            run_batch(_job(root, name, folder))
         step("stopping")
-    sources = tuple(ResultsSource(root / f"{name}.parquet") for name in weights)
+    sources = tuple(ResultsSource(root / "batch" / name / name) for name in weights)
     figures["batch job, Ray Data"] = _score(classifier, detector, *sources)
 
     table = [(place, f"{top1:.4f}", f"{ap50:.4f}") for place, (top1, ap50) in figures.items()]
@@ -127,6 +129,15 @@ def _score(classifier: Config, detector: Config, first: Source, second: Source) 
 def _service(root: Path) -> ServingConfig:
     models = [{"name": name, "artifact": str(root / f"{name}.onnx")} for name in ("classifier", "detector")]
     return ServingConfig.model_validate({"port": 0, "models": models})
+
+
+def _job(root: Path, name: str, data: str) -> BatchConfig:
+    output = root / "batch" / name
+    shutil.rmtree(output, ignore_errors=True)  # an earlier quickstart's, of other artefacts
+    models = [{"name": name, "artifact": str(root / f"{name}.onnx")}]
+    return BatchConfig.model_validate(
+        {"input": str(root / f"data/{data}/val"), "output": str(output), "models": models}
+    )
 
 
 def _pictures(root: Path, url: str) -> list[tuple[Image.Image, str]]:

@@ -1,4 +1,6 @@
-"""The quickstart's page: the table, the curves and annotated pictures in one HTML file without external resources."""
+"""Pictures with their results drawn on them, and the quickstart's page: the table, the curves and annotated pictures in
+one HTML file without external resources; no torch here.
+"""
 
 import base64
 import html
@@ -11,7 +13,7 @@ from PIL import Image
 
 from backbones.files import write_aside
 from detection.drawing import COLORS, draw_boxes
-from serving.predictor import Detections
+from serving.predictor import Classification, Detections
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -40,6 +42,16 @@ def annotate(image: Image.Image, found: Detections, classes: Sequence[str], zoom
     texts = (f"{classes[found.indices[i]]} {found.scores[i]:.2f}" for i in order)
     colors = (COLORS[found.indices[i] % len(COLORS)] for i in order)
     draw_boxes(drawn, (found.boxes[order] * zoom).tolist(), texts, colors)
+    return drawn
+
+
+def picture_of(image: Image.Image, result: Classification | Detections, classes: Sequence[str]) -> Image.Image:
+    """A copy of an image with its detections, or with its best class."""
+    if isinstance(result, Detections):
+        return annotate(image, result, classes, zoom=1)
+    drawn, best = image.copy(), int(result.indices[0])
+    text = f"{classes[best]} {result.probabilities[0]:.2f}"
+    draw_boxes(drawn, [(0, 0, image.width - 1, image.height - 1)], [text], [COLORS[best % len(COLORS)]])
     return drawn
 
 

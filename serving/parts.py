@@ -1,0 +1,147 @@
+"""The output folder of a batch job: which job it is of, and which parts are there; no torch here.
+
+    job.json                       what the job is of: a start on other images or artefacts is refused
+    inputs.parquet                 its images, in order
+    <model>/part-000000.parquet    rows of the first `part_rows` images, and so on
+    <model>/annotated/000000000.jpg
+    summary.json, index.html, histograms.png, contact_sheet.jpg
+
+A part gets its name when it is whole and on the disk. So the parts themselves are the record of progress: a job that
+starts again goes on after the last one that every model has. Part n always holds the same images.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from backbones.errors import InputError
+from backbones.files import read_json, write_aside, write_json
+from serving.results import PICTURE, part_name
+
+JOB, INPUTS = "job.json", "inputs.parquet"
+LISTED = ".inputs.parquet"  # until the job is known to be the same
+
+
+@contextlib.contextmanager
+def room_on_disk(folder: object) -> Iterator[None]:
+    """Tell a disk that is full, or gone, in one line."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else " ".join(str(error).split())
+        raise InputError(
+            f"cannot write below {folder}: {reason}; what is finished is kept: make room, and start the job again"
+        ) from None
+
+
+class Output:
+    """A job's folder, which one process at a time writes to.
+
+    Args:
+        models: their names.
+        rows: of each part.
+    """
+
+    def __init__(self, folder: Path, models: Sequence[str], rows: int):
+        self.folder, self.rows = folder, rows
+        self.models = [folder / name for name in models]
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others out; the lock ends with this process, however it ends.
+
+        Raises:
+            InputError: another job writes here, or the folder cannot be made or is not a job's.
+        """
+        if self.folder.is_file():
+            raise InputError(f"output {self.folder} is a file: name a folder for the job's parts")
+        if self.folder.is_dir() and not (self.folder / JOB).exists():
+            strange = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+            if strange:
+                raise InputError(f"output {self.folder} holds other files, such as {min(strange)}: name a new folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - it is closed below
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder}: {error.strerror}; choose another place") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"another job writes to {self.folder}: wait for its end, or name another") from None
+            try:
+                yield
+            finally:
+                if not (self.folder / JOB).exists():  # nothing came of it
+                    (self.folder / LISTED).unlink(missing_ok=True)
+                    (self.folder / ".lock").unlink()
+                    with contextlib.suppress(OSError):
+                        self.folder.rmdir()
+
+    def claim(self, job: dict[str, Any]) -> None:
+        """Say what the folder is of, or find out that it is of the same, and keep the list of images.
+
+        Raises:
+            InputError: it holds another job's results.
+        """
+        path = self.folder / JOB
+        if path.exists():
+            before = read_json(path)
+            for key in job:
+                if json.dumps(before.get(key)) != json.dumps(job[key]):
+                    raise InputError(
+                        f"{self.folder} holds results of another {key}, {short(before.get(key))} and not "
+                        f"{short(job[key])}: name another output, or remove this one"
+                    )
+        (self.folder / LISTED).replace(self.folder / INPUTS)
+        for model in self.models:
+            for leftover in model.glob(".part-*"):  # of a process that was killed while it wrote
+                leftover.unlink()
+        write_json(path, job)
+
+    def part(self, model: Path, number: int) -> Path:
+        return model / part_name(number)
+
+    def parts_done(self) -> int:
+        """How many parts every model has, from the first on."""
+        number = 0
+        while all(self.part(model, number).exists() for model in self.models):
+            number += 1
+        return number
+
+    def errors_in(self, number: int) -> int:
+        """Images of a part that some model has an error for."""
+        status = [pq.read_table(self.part(model, number), columns=["status"])["status"] for model in self.models]
+        return sum("error" in row for row in zip(*(column.to_pylist() for column in status), strict=True))
+
+    def write(self, number: int, tables: Sequence[pa.Table]) -> None:
+        """A part of each model, whole or not at all.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        for model, table in zip(self.models, tables, strict=True):
+            with room_on_disk(self.folder):
+                if PICTURE in table.column_names:
+                    self._write_pictures(model / "annotated", number * self.rows, table[PICTURE])
+                    table = table.drop_columns([PICTURE])
+                with write_aside(self.part(model, number)) as aside:
+                    pq.write_table(table, aside)
+
+    def _write_pictures(self, folder: Path, first: int, pictures: pa.ChunkedArray) -> None:
+        for i, picture in enumerate(pictures, start=first):
+            if picture.is_valid:
+                with write_aside(folder / f"{i:09d}.jpg") as aside:
+                    aside.write_bytes(picture.as_py())
+
+
+def short(value: object) -> str:
+    """A value of job.json for a message: hashes cut to what tells them apart."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
