@@ -30,7 +30,8 @@ class Agreement:
             but for one constant an image, and `scores`, of the `TOP_K` best classes; of a detector `scores` and
             `boxes`, in pixels of the resized image, of detections that find each other.
         unmatched: detections that are on one side alone, among `detections`.
-        worst: the image that differs most, and how far over what is allowed: over 1 is too far.
+        worst: the image that differs most, and how much of what is allowed: over 1 is too much.
+        loneliest: the image with the most unmatched detections, and how many.
     """
 
     artifact: Artifact
@@ -40,6 +41,7 @@ class Agreement:
     unmatched: int = 0
     largest: dict[str, float] = field(default_factory=dict)
     worst: tuple[str, float] = ("", 0.0)
+    loneliest: tuple[str, int] = ("", 0)
 
     def add(self, expected: Row, found: Row) -> None:
         """Compare an image's two answers."""
@@ -51,8 +53,16 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """Whether the answers are as near as the two places must be."""
-        few = self.bond == "exact" or self.unmatched <= UNMATCHED["fp32"] * self.detections
-        return self.bond == "free" or (few and self.worst[1] <= 1)
+        return self.culprit is None
+
+    @property
+    def culprit(self) -> str | None:
+        """The image to look into, if the answers are not as near as they must be."""
+        if self.bond == "free":
+            return None
+        if not self.worst[1] <= 1:
+            return self.worst[0]
+        return self.loneliest[0] if self.unmatched > UNMATCHED["fp32"] * self.detections else None
 
     def _excess(self, expected: Row, found: Row) -> float:
         one, other = expected.result, found.result
@@ -66,6 +76,7 @@ class Agreement:
             match.add(*reversed(sides))
             self.detections += match.detections
             self.unmatched += match.unmatched
+            self.loneliest = max(self.loneliest, (expected.path, match.unmatched), key=lambda found: found[1])
             differences, missing = match.largest, False
         else:  # one has an error in its place
             return 0.0 if (one is None) == (other is None) else np.inf
@@ -108,8 +119,7 @@ def _in_resized(result: Detections, artifact: DetectorArtifact) -> Output:
 
 def _same_bits(one: Classification | Detections, other: Classification | Detections) -> bool:
     if isinstance(one, Classification) and isinstance(other, Classification):
-        pairs = zip(_best(one), _best(other), strict=True)
-        return all(np.array_equal(a, b) for a, b in pairs)
+        return all(map(np.array_equal, _best(one), _best(other)))
     assert isinstance(one, Detections) and isinstance(other, Detections)
     names = ("boxes", "scores", "indices")
     same = one.size == other.size and all(np.array_equal(getattr(one, n), getattr(other, n)) for n in names)
