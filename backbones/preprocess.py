@@ -211,15 +211,24 @@ def classifier_pixels(image: Image.Image, spec: ClassifierPreprocess) -> Pixels:
     Raises:
         ImageError: so long and thin that its short side cannot be resized within `MAX_PIXELS`.
     """
+    resized = classifier_resized(image, spec)
+    left = round((resized.width - spec.crop) / 2)
+    top = round((resized.height - spec.crop) / 2)
+    return np.asarray(resized.crop((left, top, left + spec.crop, top + spec.crop)))
+
+
+def classifier_resized(image: Image.Image, spec: ClassifierPreprocess) -> Image.Image:
+    """An upright RGB picture before its centre is cropped.
+
+    Raises:
+        ImageError: as `classifier_pixels` does.
+    """
     w, h = image.size
     short = min(w, h)
     size = (spec.resize * w // short, spec.resize * h // short)
     if size[0] * size[1] > MAX_PIXELS:
         raise ImageError(f"image of {w}x{h} pixels is too long and thin to resize: crop it first")
-    resized = image.resize(size, resampling(spec.interpolation))
-    left = round((size[0] - spec.crop) / 2)
-    top = round((size[1] - spec.crop) / 2)
-    return np.asarray(resized.crop((left, top, left + spec.crop, top + spec.crop)))
+    return image.resize(size, resampling(spec.interpolation))
 
 
 def detector_pixels(image: Image.Image, spec: DetectorPreprocess) -> Fitted:

@@ -1,4 +1,4 @@
-"""python -m serving {export,inspect,quantize,run,deploy-config,batch,eval,quickstart}."""
+"""python -m serving {export,inspect,quantize,run,deploy-config,batch,eval,prove,quickstart}."""
 
 import argparse
 import json
@@ -89,6 +89,15 @@ def _eval(args: argparse.Namespace) -> None:
     print(run_eval(args.config, args.overrides, source)[1])
 
 
+def _prove(args: argparse.Namespace) -> None:
+    from serving.prove import run_prove
+
+    run_prove(
+        args.weights, args.data, args.overrides, images=args.images, model=args.model, calibration=args.calibration,
+        output=args.output,
+    )  # fmt: skip
+
+
 def _quickstart(args: argparse.Namespace) -> None:
     from serving.quickstart import run_quickstart
 
@@ -124,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument(
         "--calibration", metavar="DIR", help="images to choose ranges on, not the config's training split"
     )
-    command.add_argument("--images", type=at_least(1), default=200, help="how many of them")
+    command.add_argument("--images", type=at_least(1), help="how many of them, 200 if there are so many")
     command.add_argument("--method", choices=("auto", "minmax", "percentile", "entropy"), default="auto")
     command.add_argument("--max-drop", type=float, default=0.5, help="points of top-1 or AP50 that may be lost")
     command.add_argument("--force", action="store_true", help="write it even if it lost more or is not faster")
@@ -152,6 +161,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--predictions", metavar="FOLDER", help="a model's, that `serving batch` wrote")
     command.add_argument("--provider", choices=PROVIDERS, default="auto", help="for --model")
     command.set_defaults(run=_eval)
+
+    command = commands.add_parser("prove", help="one number: checkpoint, artefact, INT8, endpoint and batch job")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="values over the config's")
+    command.add_argument("--weights", required=True, help="a path, a URL, or 'timm' for the published ones")
+    command.add_argument("--data", required=True, help="a config, a folder of classes' folders, or COCO annotations")
+    command.add_argument("--images", metavar="DIR", help="of COCO annotations; 'images' beside them if not given")
+    command.add_argument("--model", help="the network's name, for weights that do not say it")
+    command.add_argument("--calibration", metavar="DIR", help="images to choose INT8's ranges on; else the data's own")
+    command.add_argument("--output", default="runs/prove", metavar="DIR")
+    command.set_defaults(run=_prove)
 
     command = commands.add_parser("quickstart", help="the whole line on drawn data, in minutes on a laptop's CPU")
     command.add_argument("--output", default="runs/quickstart", metavar="DIR")

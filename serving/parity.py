@@ -121,7 +121,7 @@ def measure_classifier(
                 "logits": np.abs(found["logits"] - logits[batch]).max() / np.ptp(logits),
                 "probabilities": np.abs(found["probabilities"] - probabilities[batch]).max(),
             }
-            largest = {name: _larger(value, off[name]) for name, value in largest.items()}
+            largest = {name: larger(value, off[name]) for name, value in largest.items()}
             same += int((found["logits"].argmax(1) == logits[batch].argmax(1)).sum())
             count += len(batch)
     return Parity(batch_sizes=tuple(batch_sizes), images=total, agreement=same / max(count, 1), largest=largest)
@@ -144,7 +144,7 @@ def measure_detector(
         model.topk_candidates = sys.maxsize  # raw heads do not say of which level's best a pair is
     divisor = metadata.preprocess.divisor
     fitted = (detector_pixels(image, metadata.preprocess) for image in images)
-    match, total = _Match(metadata), 0
+    match, total = Match(metadata), 0
     for group in _grouped(fitted, lambda item: canvas_size(item.pixels, divisor), max(batch_sizes)):
         expected = [_torchvision(model, item) for item in group]
         total += len(group)
@@ -184,7 +184,7 @@ def _choose(boxes: npt.NDArray[np.float32], scores: npt.NDArray[np.float32], met
 
 
 @dataclass
-class _Match:
+class Match:
     """What detections that find each other differ by, and how many find none."""
 
     metadata: DetectorArtifact
@@ -219,10 +219,10 @@ class _Match:
                 self.unmatched += 1
 
     def _differ(self, name: str, value: float) -> None:
-        self.largest[name] = _larger(self.largest.get(name, 0.0), value)
+        self.largest[name] = larger(self.largest.get(name, 0.0), value)
 
 
-def _larger(one: float, other: float) -> float:
+def larger(one: float, other: float) -> float:
     """NaN if either is, which is over every tolerance."""
     return float(np.maximum(one, other))
 

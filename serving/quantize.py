@@ -30,6 +30,7 @@ from serving.qdq import activations, exclusions, products, quantize
 from serving.runtime import OnnxModel
 
 BATCH_SIZES = (1, 8)  # that speed is measured at
+CALIBRATION = 200  # images
 ROUNDS = 11  # of them, the two artefacts in turn
 CANDIDATE = ".int8.onnx"  # hidden: no cache keeps its graph
 NEARLY = 0.9  # of the fastest candidate's speed is fast enough
@@ -59,7 +60,7 @@ def run_quantize(
     overrides: Sequence[str] = (),
     *,
     calibration: str | None = None,
-    images: int = 200,
+    images: int | None = None,
     method: Method | Literal["auto"] = "auto",
     max_drop: float = 0.5,
     force: bool = False,
@@ -72,7 +73,7 @@ def run_quantize(
     Args:
         config: of `backbones` or `detection`, as for `serving eval`; accuracy is of the images that it evaluates.
         calibration: a folder of images to choose ranges on; None is the config's training split.
-        images: how many of them, evenly spread.
+        images: how many of them, evenly spread; None is 200, or all if there are fewer.
         max_drop: points of top-1 or AP50 that may be lost.
         force: write it all the same if it lost more or is not faster.
 
@@ -134,7 +135,7 @@ def _check(graph: onnx.ModelProto, artifact: Artifact, path: str | Path) -> None
 
 
 def calibration_images(
-    config: str, overrides: Sequence[str], artifact: Artifact, folder: str | None, count: int
+    config: str, overrides: Sequence[str], artifact: Artifact, folder: str | None, count: int | None
 ) -> tuple[list[Source], str]:
     """`count` images, evenly spread over a folder or the config's training split, and what to call it.
 
@@ -146,6 +147,7 @@ def calibration_images(
         training, where = [*list_images(folder)], folder
     if not training:
         raise InputError(f"{where} has no images to choose ranges on: give a folder that has, as --calibration")
+    count = min(CALIBRATION, len(training)) if count is None else count
     if not 0 < count <= len(training):
         raise InputError(f"{where} has {len(training)} images: give --images from 1 to that many, not {count}")
     chosen = [training[i * len(training) // count] for i in range(count)]

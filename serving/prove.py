@@ -1,0 +1,322 @@
+"""One number: a data set through checkpoint, artefact, INT8 artefact, endpoint and batch job, side by side.
+
+    checkpoint ──near── artefact ──exact── endpoint
+                           │  └────exact── batch job
+                          free
+                           └── INT8 artefact
+
+The command fails when two places that must agree do not, and says at which stage they part.
+"""
+
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from backbones.errors import InputError
+from backbones.files import check_writable, versions, write_aside, write_json
+from backbones.weights import resolve
+from serving.agreement import Agreement, Bond, parting
+from serving.artifact import Artifact
+from serving.batch import run_batch
+from serving.batch_config import BatchConfig, BatchModel
+from serving.checkpoint import CheckpointSource
+from serving.client import Client
+from serving.config import ServedModel, ServingConfig
+from serving.evaluate import BATCH_SIZE, ArtifactSource, EndpointSource, Source, run_eval
+from serving.export import run_export
+from serving.memory import PeakMemory
+from serving.quantize import run_quantize
+from serving.results import Row, iter_rows, to_row, to_table
+from serving.serve import start
+
+METRICS = {"classification": "top1", "detection": "AP50"}
+NEARLY = 1e-4  # that the metric may differ where answers are near
+CHECKPOINT, ARTIFACT, INT8 = "checkpoint, PyTorch", "artefact, onnxruntime", "INT8 artefact, onnxruntime"
+ENDPOINT, BATCH = "endpoint, Ray Serve", "batch job, Ray Data"
+DIFFERENCES = ("logits", "scores", "boxes")
+HEADER = ("measured on", "metric", *DIFFERENCES, "unmatched", "images/s", "peak MiB")
+VERSIONS = ("cspnet", "torch", "torchvision", "ray", "pillow", "numpy")
+NAME = "model"  # of the artefact, where it is served
+
+
+class Disagreement(InputError):
+    """Two places that must give one number do not."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A place's answers to a data set.
+
+    Attributes:
+        metric: top-1 or AP50, in [0, 1].
+        seconds: from the first image to the last answer; reading and decoding are in it, and a batch job's start.
+        peak_bytes: resident, of its largest process; None where the system does not tell.
+    """
+
+    metric: float
+    rows: list[Row]
+    seconds: float
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A data set and its metric."""
+
+    config: str
+    overrides: tuple[str, ...]
+    metric: str
+
+    def measure(self, source: Source) -> Measured:
+        """Score a source and keep its answers."""
+        recorded = Recorded(source)
+        result = run_eval(self.config, self.overrides, recorded)[0]
+        return Measured(float(result[self.metric]), recorded.kept, recorded.seconds)
+
+
+class Recorded:
+    """A source whose answers, and the seconds that they took, are kept."""
+
+    def __init__(self, source: Source):
+        self.name, self.metadata, self._source = source.name, source.metadata, source
+        self.kept: list[Row] = []
+        self.seconds = 0.0
+
+    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        began = time.perf_counter()
+        for row in self._source.rows(paths):
+            self.kept.append(row)
+            self.seconds = time.perf_counter() - began
+            yield row
+
+
+class BatchSource:
+    """A job on Ray Data for each call, below `folder`."""
+
+    def __init__(self, artifact: Path, metadata: Artifact, folder: Path):
+        self.name, self.metadata, self._artifact, self._folder = "batch", metadata, artifact, folder
+
+    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        output = Path(tempfile.mkdtemp(dir=self._folder))
+        images = output / "images.txt"
+        images.write_text("".join(f"{path.absolute()}\n" for path in paths))
+        model = BatchModel(name=NAME, artifact=str(self._artifact))
+        run_batch(BatchConfig(input=str(images), output=str(output / "job"), batch_size=BATCH_SIZE, models=(model,)))
+        yield from iter_rows(output / "job" / NAME)
+
+
+@dataclass
+class Proof:
+    """The table as it grows."""
+
+    metadata: Artifact
+    folder: Path
+    places: dict[str, Measured] = field(default_factory=dict)
+    agreements: dict[str, tuple[str, Agreement]] = field(default_factory=dict)  # by place: with which, and how far
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, name: str, measured: Measured) -> None:
+        """A place that others are compared with."""
+        self.places[name] = measured
+
+    def compare(
+        self,
+        name: str,
+        measured: Measured,
+        against: str,
+        bond: Bond,
+        expected: Callable[[], Source],
+        found: Callable[[], Source],
+    ) -> None:
+        """A place and the one that it is held against.
+
+        Args:
+            expected, found: open the place held against and this one again, to find out where they part.
+        """
+        self.places[name] = measured
+        agreement, reference = Agreement(self.metadata, bond), self.places[against]
+        for one, other in zip(reference.rows, measured.rows, strict=True):
+            agreement.add(one, other)
+        self.agreements[name] = against, agreement
+        if (culprit := agreement.culprit) is not None:
+            stage = parting(expected(), found(), Path(culprit), bond, self.folder / "parted")
+            self.problems.append(f"{name} and {against} part at {stage}, the most on {culprit}")
+        elif bond != "free" and abs(measured.metric - reference.metric) > (NEARLY if bond == "near" else 0):
+            self.problems.append(f"{name} has {measured.metric:.6f} and {against} {reference.metric:.6f}")
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The table's rows."""
+        found = []
+        for name, place in self.places.items():
+            agreement = self.agreements[name][1] if name in self.agreements else Agreement(self.metadata, "free")
+            off = [f"{agreement.largest[key]:.1e}" if key in agreement.largest else "-" for key in DIFFERENCES]
+            alone = str(agreement.unmatched) if agreement.detections else "-"
+            peak = "-" if place.peak_bytes is None else f"{place.peak_bytes / 2**20:.0f}"
+            speed = f"{len(place.rows) / place.seconds:.1f}"
+            found.append((name, f"{place.metric:.4f}", *off, alone, speed, peak))
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """What is stored."""
+        places: dict[str, Any] = {}
+        for name, place in self.places.items():
+            places[name] = {
+                "metric": place.metric, "images_per_s": len(place.rows) / place.seconds, "peak_bytes": place.peak_bytes
+            }  # fmt: skip
+            if name in self.agreements:
+                against, agreement = self.agreements[name]
+                places[name] |= {
+                    "against": against, "bond": agreement.bond, "agrees": agreement.holds,
+                    "largest": agreement.largest, "detections": agreement.detections, "unmatched": agreement.unmatched,
+                }  # fmt: skip
+        return {"places": places, "problems": self.problems}
+
+
+def run_prove(
+    weights: str,
+    data: str,
+    overrides: Sequence[str] = (),
+    *,
+    images: str | None = None,
+    model: str | None = None,
+    calibration: str | None = None,
+    output: str = "runs/prove",
+) -> dict[str, Any]:
+    """Measure a data set everywhere, print the table, write it to `<output>/prove.json` and `.md`, and return it.
+
+    Args:
+        weights: of a classifier or a detector; as for `export`.
+        data: a config of `backbones` or `detection`; or a folder of classes' folders, or of splits of them; or a file
+            of COCO annotations.
+        overrides: of the config, such as `data.split=test`.
+        images: the folder of the annotations' images; None is `images` beside them.
+        model: the network's name, for weights that do not say it.
+        calibration: a folder of images to choose INT8's ranges on; None is the data's training split.
+
+    Raises:
+        Disagreement: two places part; the table is there all the same.
+        InputError: weights or data that are missing or do not fit.
+    """
+    check_writable(output)
+    folder, local = Path(output), resolve(weights, model)
+    artifact, int8 = folder / "model.onnx", folder / "model.int8.onnx"
+    _say(f"exporting {weights}")
+    metadata = run_export(str(local), artifact, model=model)
+    config = _config(local, metadata, data, images, folder)
+    settings = (*overrides, f"weights={json.dumps(str(local))}", f"output={json.dumps(str(folder / 'eval'))}")
+    scoring = Scoring(config, settings, METRICS[metadata.task])
+    proof = Proof(metadata, folder)
+    checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact)
+
+    _say("evaluating the checkpoint")
+    proof.add(CHECKPOINT, _alone(scoring, checkpoint))
+    _say("evaluating the artefact")
+    proof.compare(ARTIFACT, _alone(scoring, exported), CHECKPOINT, "near", checkpoint, exported)
+    without = _quantize(artifact, int8, scoring, calibration)
+    if without is None:
+        _say("evaluating the INT8 artefact")
+        proof.compare(INT8, _alone(scoring, partial(ArtifactSource, int8)), ARTIFACT, "free", exported, exported)
+    _say("evaluating the endpoint")
+    service = ServingConfig(port=0, models=(ServedModel(name=NAME, artifact=str(artifact)),))
+    with start(service, lambda _: None) as running:
+        endpoint = partial(EndpointSource, f"{running.url}/v2/models/{NAME}")
+        with Client(running.url) as client:
+            provider = client.metadata(NAME)["parameters"]["provider"]
+        # On a GPU an answer's last bits depend on the batch that it is found in.
+        bond: Bond = "exact" if provider == "CPUExecutionProvider" else "near"
+        proof.compare(ENDPOINT, _with_children(scoring, endpoint()), ARTIFACT, bond, exported, endpoint)
+    _say("running the batch job")
+    job = partial(BatchSource, artifact, metadata, folder / "batch")
+    proof.compare(BATCH, _with_children(scoring, job()), ARTIFACT, bond, exported, job)
+    return _report(proof, scoring, without)
+
+
+def _config(weights: Path, artifact: Artifact, data: str, images: str | None, folder: Path) -> str:
+    """The config that `data` is; or one that says what the weights and `data` say, written to `folder`."""
+    if Path(data).suffix in (".yaml", ".yml"):
+        if images is not None:
+            raise InputError(f"{data} is a config, which says where its images are: give data.images=… for --images")
+        return data
+    values: dict[str, Any] = {"model": artifact.model, "preprocess": artifact.preprocess.model_dump(mode="json")}
+    if Path(data).is_dir():
+        if artifact.task == "detection":
+            raise InputError(f"{data} is a folder, and {weights} holds a detector: give COCO annotations, or a config")
+        values |= {"num_classes": len(artifact.classes), "data": {"root": data}}
+    elif Path(data).suffix == ".json":
+        if artifact.task == "classification":
+            raise InputError(f"{data} is for detectors, and {weights} holds a classifier: give a folder, or a config")
+        values["data"] = {"annotations": data, "images": images or str(Path(data).parent / "images")}
+    else:
+        raise InputError(f"no data at {data}: give a config, a folder of classes' folders, or COCO annotations (.json)")
+    config = folder / "config.yaml"
+    with write_aside(config) as aside:
+        aside.write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(config)
+
+
+def _quantize(artifact: Path, int8: Path, scoring: Scoring, calibration: str | None) -> str | None:
+    """Make the INT8 artefact, whatever it loses, since the table tells; or say why there is none."""
+    _say("quantizing")
+    try:
+        run_quantize(artifact, int8, scoring.config, scoring.overrides, calibration=calibration, force=True)
+    except InputError as error:
+        print(f"without an INT8 artefact: {error}", flush=True)
+        return str(error)
+    return None
+
+
+def _alone(scoring: Scoring, source: Callable[[], Source]) -> Measured:
+    """Measured in a process of its own, whose memory nothing else takes."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure_here, scoring, source).result()
+
+
+def _measure_here(scoring: Scoring, source: Callable[[], Source]) -> Measured:
+    opened = source()
+    measured = scoring.measure(opened)
+    rows = [to_row(record) for record in to_table(measured.rows, opened.metadata).to_pylist()]  # lighter to carry
+    unit = 1 if sys.platform == "darwin" else 1024
+    return replace(measured, rows=rows, peak_bytes=unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _with_children(scoring: Scoring, source: Source) -> Measured:
+    """Measured here, where the work is that of Ray's processes."""
+    with PeakMemory() as peak:
+        measured = scoring.measure(source)
+    return replace(measured, peak_bytes=peak.bytes)
+
+
+def _report(proof: Proof, scoring: Scoring, without_int8: str | None) -> dict[str, Any]:
+    lines = [HEADER, *proof.lines()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print("\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) for line in lines))
+    images = len(proof.places[CHECKPOINT].rows)
+    result = proof.figures() | {
+        "model": proof.metadata.model, "weights_sha256": proof.metadata.weights_sha256, "metric": scoring.metric,
+        "images": images, "without_int8": without_int8, "versions": versions(*VERSIONS),
+    }  # fmt: skip
+    path = proof.folder / "prove.json"
+    write_json(path, result)
+    with write_aside(path.with_suffix(".md")) as aside:
+        rows = [HEADER, ["---"] * len(HEADER), *lines[1:]]
+        aside.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
+    if proof.problems:
+        raise Disagreement(f"{'; '.join(proof.problems)}: see {path}")
+    print(f"one number on {images} images: {path}", flush=True)
+    return result
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)

@@ -1,0 +1,215 @@
+"""Answers of two places held side by side, the stage at which they part, and the whole command on a random network."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from artifacts import write_classifier, write_detector
+from PIL import Image
+
+from backbones import preprocess
+from backbones.errors import InputError
+from serving import prove
+from serving.agreement import Agreement, Bond, parting
+from serving.evaluate import ArtifactSource
+from serving.memory import PeakMemory
+from serving.predictor import Classification, Detections
+from serving.prove import ARTIFACT, BATCH, CHECKPOINT, ENDPOINT, INT8, Disagreement, run_prove
+from serving.results import Row
+from serving.shapes import draw_classification
+
+WRITERS = {"classification": write_classifier, "detection": write_detector}
+ORIENTATION = 0x0112
+
+
+class Changed:
+    """An artefact's answers with something done to them, or on the way to them."""
+
+    def __init__(
+        self,
+        path: Path,
+        before: Callable[[pytest.MonkeyPatch], object] = lambda _: None,
+        after: Callable[[Row], Row] = lambda row: row,
+    ):
+        self._source, self._before, self._after = ArtifactSource(path, "cpu"), before, after
+        self.name, self.metadata = "changed", self._source.metadata
+
+    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
+        with pytest.MonkeyPatch.context() as patch:
+            self._before(patch)
+            rows = [*self._source.rows(paths)]
+        yield from map(self._after, rows)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A JPEG on its side, with nothing in it that turning or resizing would leave alone."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+    noise[:, :75, 0] = 255
+    noise[:30, :, 1] = 0
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.fromarray(noise).save(tmp_path / "photo.jpg", exif=exif)
+    return tmp_path / "photo.jpg"
+
+
+def as_it_lies(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(preprocess.ImageOps, "exif_transpose", lambda image, **_: image)
+
+
+def in_blue(patch: pytest.MonkeyPatch) -> None:
+    """A JPEG decoder that takes red for blue, as one that gives BGR."""
+
+    def swap(image: Image.Image, **_: object) -> None:
+        if image.format == "JPEG":
+            red, green, blue = image.split()
+            image.paste(Image.merge("RGB", (blue, green, red)))
+
+    patch.setattr(preprocess.ImageOps, "exif_transpose", swap)
+
+
+def by_nearest(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(preprocess, "resampling", lambda _: Image.Resampling.NEAREST)
+
+
+def surer(row: Row) -> Row:
+    if isinstance(row.result, Classification):
+        return replace(row, result=replace(row.result, probabilities=row.result.probabilities + np.float32(0.01)))
+    assert isinstance(row.result, Detections)
+    return replace(row, result=replace(row.result, scores=row.result.scores + np.float32(0.01)))
+
+
+def misnamed(row: Row) -> Row:
+    assert isinstance(row.result, Classification)
+    return replace(row, result=replace(row.result, indices=np.roll(row.result.indices, 1)))
+
+
+def shifted(row: Row) -> Row:
+    assert isinstance(row.result, Detections)
+    return replace(row, result=replace(row.result, boxes=row.result.boxes + np.float32(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("task", "before", "after", "stage"),
+    [
+        ("classification", in_blue, None, "decode"),
+        ("classification", by_nearest, None, "resize"),
+        ("classification", None, surer, "graph"),
+        ("classification", None, misnamed, "post-processing"),
+        ("detection", as_it_lies, None, "decode"),
+        ("detection", None, surer, "graph"),
+        ("detection", None, shifted, "post-processing"),
+    ],
+)
+@pytest.mark.parametrize("bond", ["exact", "near"])
+def test_the_stage_at_which_two_places_part(photo, tmp_path, task, before, after, stage, bond: Bond) -> None:
+    artifact = WRITERS[task](tmp_path / "m.onnx")
+    expected = ArtifactSource(artifact, "cpu")
+    changed = {"before": before, "after": after}
+    found = Changed(artifact, **{name: change for name, change in changed.items() if change is not None})
+    agreement = Agreement(expected.metadata, bond)
+    agreement.add(*expected.rows([photo]), *found.rows([photo]))
+    assert agreement.culprit == str(photo)
+    assert parting(expected, found, photo, bond, tmp_path / "parted") == stage
+
+
+def test_the_same_answers_agree(photo, tmp_path) -> None:
+    for write in WRITERS.values():
+        source = ArtifactSource(write(tmp_path / "m.onnx"), "cpu")
+        agreement = Agreement(source.metadata, "exact")
+        agreement.add(*source.rows([photo]), *source.rows([photo]))
+        assert agreement.culprit is None and agreement.images == 1
+        assert set(agreement.largest.values()) == {0.0}
+
+
+def test_rounding_is_near_and_not_exact(photo, tmp_path) -> None:
+    source = ArtifactSource(write_classifier(tmp_path / "m.onnx"), "cpu")
+    (row,) = source.rows([photo])
+    assert isinstance(row.result, Classification)
+    rounded = replace(row, result=replace(row.result, probabilities=np.nextafter(row.result.probabilities, 0)))
+    verdicts = {}
+    for bond in ("exact", "near", "free"):
+        agreement = Agreement(source.metadata, bond)  # type: ignore[arg-type]
+        agreement.add(row, rounded)
+        verdicts[bond] = agreement.culprit
+    assert verdicts == {"exact": str(photo), "near": None, "free": None}
+
+
+def test_an_error_on_one_side_alone(tmp_path) -> None:
+    metadata = ArtifactSource(write_classifier(tmp_path / "m.onnx"), "cpu").metadata
+    right = Row("a.jpg", Classification(np.array([0]), np.array([1], np.float32)))
+    wrong = Row("a.jpg", None, "broken")
+    one, both = Agreement(metadata, "near"), Agreement(metadata, "near")
+    one.add(right, wrong)
+    both.add(wrong, wrong)
+    assert (one.culprit, both.culprit) == ("a.jpg", None)
+
+
+def test_lone_detections_are_counted(tmp_path) -> None:
+    metadata = ArtifactSource(write_detector(tmp_path / "m.onnx"), "cpu").metadata
+    boxes = np.array([[0, 0, 8, 8], [40, 40, 60, 60]], np.float32)
+    whole = Row("a.jpg", Detections(boxes, np.array([0.9, 0.8], np.float32), np.array([0, 1]), (64, 64)))
+    assert isinstance(whole.result, Detections)
+    fewer = replace(whole, result=Detections(boxes[1:], whole.result.scores[1:], np.array([1]), (64, 64)))
+    agreement = Agreement(metadata, "near")
+    agreement.add(whole, fewer)
+    assert (agreement.unmatched, agreement.culprit) == (1, "a.jpg")
+
+
+def test_peak_memory_of_children(tmp_path) -> None:
+    with PeakMemory() as peak:
+        subprocess.run([sys.executable, "-c", "import time; held = b'x' * 200_000_000; time.sleep(1)"], check=True)
+    assert peak.bytes is not None and 200e6 < peak.bytes < 400e6
+
+
+def test_what_is_no_data_for_the_weights(exported, tmp_path) -> None:
+    weights = str(exported("classifier").with_name("w.safetensors"))
+    (tmp_path / "coco.json").write_text("{}")
+    for data, words in (("nowhere", "no data at nowhere"), (str(tmp_path / "coco.json"), "holds a classifier")):
+        with pytest.raises(InputError, match=words):
+            run_prove(weights, data, output=str(tmp_path / "out"))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    draw_classification(root, {"train": 8, "val": 8}, seed=0)
+    for split in ("train", "val"):
+        shutil.rmtree(root / split / "triangle")  # the network has three classes
+    return root
+
+
+def test_one_number(exported, shapes, tmp_path, capsys) -> None:
+    weights = exported("classifier").with_name("w.safetensors")
+    result = run_prove(str(weights), str(shapes), output=str(tmp_path))
+    assert list(result["places"]) == [CHECKPOINT, ARTIFACT, INT8, ENDPOINT, BATCH]
+    metrics = {name: place["metric"] for name, place in result["places"].items() if name != INT8}
+    assert len(set(metrics.values())) == 1
+    for name in (ENDPOINT, BATCH):
+        assert result["places"][name]["largest"] == {"logits": 0.0, "scores": 0.0}
+    assert result["places"][INT8]["largest"]["scores"] > 0  # eight bits are another number
+    assert all(place["peak_bytes"] > 50e6 and place["images_per_s"] > 0 for place in result["places"].values())
+    assert json.loads((tmp_path / "prove.json").read_text())["places"] == result["places"]
+    printed = capsys.readouterr().out
+    assert printed.count(f"{metrics[CHECKPOINT]:.4f}") >= 4 and "one number" in printed
+    assert (tmp_path / "prove.md").read_text().count("\n") == 2 + len(result["places"])
+
+
+def test_an_endpoint_that_answers_otherwise_fails_the_command(exported, shapes, tmp_path, monkeypatch) -> None:
+    """One that resizes in another way."""
+
+    def other(path: Path, *_: object) -> Changed:
+        return Changed(tmp_path / "model.onnx", by_nearest)
+
+    monkeypatch.setattr(prove, "EndpointSource", other)
+    monkeypatch.setattr(prove, "_quantize", lambda *_: "not in this test")
+    monkeypatch.setattr(prove, "BatchSource", lambda artifact, *_: ArtifactSource(artifact, "cpu"))
+    with pytest.raises(Disagreement, match="endpoint, Ray Serve and artefact, onnxruntime part at resize"):
+        run_prove(str(exported("classifier").with_name("w.safetensors")), str(shapes), output=str(tmp_path))
+    assert json.loads((tmp_path / "prove.json").read_text())["places"][ENDPOINT]["agrees"] is False
