@@ -1,12 +1,13 @@
 """Every network through `serving export`, with random weights: that it comes out, how long it takes, what it says.
 
-    python -m benchmarks.sweep [NAME …] [--again] [--json FILE]
+    python -m benchmarks.sweep [NAME …] [--canvas 128 256] [--again] [--json FILE]
 
 Names are of classifiers, their `_plain` twins and detectors; without any, all classifiers of the table and, of the
-detectors, every family, version and neck over a small backbone, and one of each over the other kinds. Pictures are
-small, since neither the graph nor the time to trace it knows their size. The export itself compares with PyTorch. Here
-each artefact runs again, with noise in its padding: an image alone and in a batch must get the same bits. `--again`
-exports a second time and compares the files. Exit status 1 if a network fails.
+detectors, every family, version and neck over a small backbone, and one of each over the other kinds. Detectors see
+small pictures, `--canvas`, since neither the graph nor the time to trace it knows their size; the time to compare does,
+and `--canvas 800 1333` is what an export takes. It compares with PyTorch. Here each artefact runs again, with noise in
+its padding: an image alone and in a batch must get the same bits. `--again` exports a second time and compares the
+files. Exit status 1 if a network fails.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from backbones.cli import at_least
 from backbones.errors import InputError, exit_on_input_error
 from backbones.files import write_json
 from backbones.variants import VARIANTS
@@ -32,7 +34,6 @@ from serving.artifact import ClassifierArtifact
 from serving.export import run_export
 from serving.runtime import OnnxModel, usable_cores
 
-CANVAS = (128, 256)  # of the detectors, pixels
 PLAIN = ("cspresnet50", "cspdarknet53_paper", "cs3se_edgenet_x", "cspdensenet201_elastic", "csppeleenet")
 OTHERS = (
     f"fasterrcnn_{RESNET50}_fpn", f"retinanet_{RESNET50}_efm_v2", "fcos_cspdensenet201_elastic_efm",
@@ -45,6 +46,7 @@ OTHERS = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--canvas", nargs=2, type=at_least(1), default=(128, 256), metavar=("SHORT", "LONG"))
     parser.add_argument("--again", action="store_true", help="export each twice; the files must be the same")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                row = export(name, Path(folder), args.again)
+                row = export(name, Path(folder), tuple(args.canvas), args.again)
             except InputError as error:
                 row = {"problem": str(error)}
         rows.append({"model": name} | row)
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(any("problem" in row for row in rows))
 
 
-def export(name: str, folder: Path, again: bool) -> dict[str, Any]:
+def export(name: str, folder: Path, canvas: tuple[int, int], again: bool) -> dict[str, Any]:
     """What came of one network.
 
     Raises:
@@ -74,7 +76,7 @@ def export(name: str, folder: Path, again: bool) -> dict[str, Any]:
     """
     weights, artifact = folder / "w.safetensors", folder / "m.onnx"
     if is_detector(name):
-        random_detector(name, weights, CANVAS)
+        random_detector(name, weights, canvas)
     else:
         random_classifier(name, weights)
     start, cpu = time.perf_counter(), time.process_time()
@@ -97,15 +99,14 @@ def check_batches(name: str, model: OnnxModel, size: int = 3) -> None:
     Raises:
         InputError: an output that does not.
     """
-    rng = np.random.default_rng(0)
-    is_classifier = isinstance(model.metadata, ClassifierArtifact)
-    height, width = (model.metadata.preprocess.crop,) * 2 if is_classifier else CANVAS
+    rng, said = np.random.default_rng(0), model.metadata
+    height, width = (said.preprocess.crop,) * 2 if isinstance(said, ClassifierArtifact) else said.canvases[-1]
     blocks = rng.integers(0, 256, (size, height // 16, width // 16, 3), dtype=np.uint8)
     images = blocks.repeat(16, 1).repeat(16, 2)
     sizes = np.stack([rng.integers(side // 2, side + 1, size) for side in (height, width)], 1)
 
     def run(rows: slice) -> dict[str, Any]:
-        if is_classifier:
+        if isinstance(said, ClassifierArtifact):
             return model.run(images=images[rows])
         padded = rng.integers(0, 256, images[rows].shape, dtype=np.uint8)
         for canvas, image, (h, w) in zip(padded, images[rows], sizes[rows], strict=True):
