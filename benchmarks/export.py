@@ -7,7 +7,8 @@ are medians over the rounds. PyTorch runs channels_last, as it is fastest, on as
 torch.compile has the weights frozen into the code, for the same reason. Detectors are compared with torchvision's own
 forward, and their compiled form is `detection.batched`, which can be compiled. The weights are random, made to find
 objects, and INT8 is of every operator that `serving quantize` may take. The limit is the arithmetic: the last column
-is the artefact's share of the GFLOP/s that a large matrix product reached in the same run.
+is the artefact's share of the GFLOP/s that a large matrix product reached in the same run. A second table says which
+operators the artefact's time goes to, by onnxruntime's profile.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import json
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +42,7 @@ from detection.spec import is_detector
 from serving.artifact import read_whole, write_artifact
 from serving.calibrate import measure_ranges
 from serving.export import ExportedClassifier, run_export
+from serving.ort_session import session_options
 from serving.qdq import activations, quantize
 from serving.runtime import OnnxModel, usable_cores
 
@@ -48,6 +52,7 @@ MODELS = (
 )  # fmt: skip
 CANVAS = (256, 384)  # of the detectors, pixels
 NUM_CLASSES = 91
+SHOWN = 4  # kinds of operators, of those that take most time
 Work = Callable[[], int]
 
 
@@ -93,10 +98,12 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     said = run_export(str(weights), artifact)
     figures: dict[str, Any] = {"export_s": time.perf_counter() - start, "gmacs": said.gmacs, "batches": {}}
     sample = {"images": pixels.numpy()} | ({"sizes": np.array([CANVAS])} if detector else {})
+    int8 = quantized(artifact, sample)
+    figures["operators"] = {title: shares(path, sample) for title, path in (("float", artifact), ("INT8", int8))}
     sessions = {
         "onnxruntime": OnnxModel(artifact, "cpu", cache=False),
         "OpenVINO": OnnxModel(artifact, "openvino", cache=False),
-        "INT8": OnnxModel(quantized(artifact, sample), "cpu", cache=False),
+        "INT8": OnnxModel(int8, "cpu", cache=False),
     }
     for size in args.batch_sizes:
         images = pixels.expand(size, -1, -1, -1).contiguous()
@@ -117,6 +124,22 @@ def quantized(artifact: Path, sample: dict[str, Any]) -> Path:
     return path
 
 
+def shares(artifact: Path, inputs: dict[str, Any], runs: int = 5) -> dict[str, float]:
+    """Each kind of operator's share of the time in operators, the largest first: of the graph as onnxruntime runs it,
+    which has fused some and writes INT8 as QLinearConv and the like.
+    """
+    options = session_options(usable_cores())
+    options.enable_profiling, options.profile_file_prefix = True, str(artifact.with_suffix(".profile"))
+    session = ort.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
+    for _ in range(runs):
+        session.run(None, inputs)
+    spent: Counter[str] = Counter()
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"]
+    return {name: time_ / spent.total() for name, time_ in spent.most_common()}
+
+
 def random_classifier(name: str, path: Path) -> tuple[nn.Module, Tensor]:
     """A network, and uint8 pixels [1, H, W, 3]; its weights are saved."""
     model, preprocess = create_model(name), protocol(name)
@@ -127,10 +150,10 @@ def random_classifier(name: str, path: Path) -> tuple[nn.Module, Tensor]:
     return exported.to(memory_format=torch.channels_last), blots(preprocess.crop, preprocess.crop)
 
 
-def random_detector(name: str, path: Path) -> tuple[nn.Module, Tensor]:
+def random_detector(name: str, path: Path, canvas: tuple[int, int] = CANVAS) -> tuple[nn.Module, Tensor]:
     """The same of a detector that finds objects in the pixels."""
-    preprocess = DetectorPreprocess(min_size=min(CANVAS), max_size=max(CANVAS))
-    model, pixels = create_detector(name, NUM_CLASSES, preprocess=preprocess), blots(*CANVAS)
+    preprocess = DetectorPreprocess(min_size=min(canvas), max_size=max(canvas))
+    model, pixels = create_detector(name, NUM_CLASSES, preprocess=preprocess), blots(*canvas)
     excite(model, as_list(pixels))
     ids = list(range(1, NUM_CLASSES))
     metadata = {"task": "detection", "model": name, "detector": model.spec.model_dump(), "category_ids": ids}
@@ -189,7 +212,7 @@ def compiled(model: nn.Module, inputs: tuple[Tensor, ...], args: argparse.Namesp
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The speed of the artefact over each other contestant's, with the spread."""
+    """The speed of the artefact over each other contestant's, with the spread; below it, where the time goes."""
     others = list(next(iter(next(iter(result["models"].values()))["batches"].values()))["ours_over"])
     head = ["model", "batch", "images/s", *(f"/ {name}" for name in others), "of the matrix product"]
     lines = []
@@ -200,7 +223,12 @@ def markdown(result: dict[str, Any]) -> str:
             ratios = [f"{turns['ours_over'][o]:.2f} ({low:.2f}…{high:.2f})" for o, (low, high) in spreads.items()]
             share = 2 * figures["gmacs"] * speed / result["gflops"]
             lines.append([name, str(size), f"{speed:.2f}", *ratios, f"{share:.0%}"])
-    return "\n".join(table(head, lines))
+    operators = [
+        [name, precision, ", ".join(f"{kind} {share:.0%}" for kind, share in list(found.items())[:SHOWN])]
+        for name, figures in result["models"].items()
+        for precision, found in figures["operators"].items()
+    ]
+    return "\n".join([*table(head, lines), "", *table(["model", "precision", "time in operators"], operators)])
 
 
 if __name__ == "__main__":

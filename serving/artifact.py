@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from backbones.errors import InputError
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess
@@ -122,6 +122,12 @@ class DetectorArtifact(_Artifact):
     masks: bool = False
     nms: bool = True
 
+    @model_validator(mode="after")
+    def _one_category_a_class(self) -> "DetectorArtifact":
+        if len(self.category_ids) != len(self.classes):
+            raise ValueError(f"{len(self.classes)} classes have {len(self.category_ids)} category_ids")
+        return self
+
 
 Artifact = ClassifierArtifact | DetectorArtifact
 _ADAPTER: TypeAdapter[Artifact] = TypeAdapter(Annotated[Artifact, Field(discriminator="task")])
@@ -153,7 +159,9 @@ def from_metadata(metadata: Mapping[str, str], path: object) -> Artifact:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
+        if first:
+            reason = ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"]]))
         raise InputError(f"{path} has broken metadata ({' '.join(reason.split())}): export it again") from None
 
 

@@ -49,8 +49,10 @@ def load_or_make(artefact: Path, key: str, load: Callable[[Path], T], make: Call
     try:
         _write(folder, key, lambda aside: made.append(make(aside)))
     except (OSError, InputError) as error:
+        result = made[0] if made else make(None)  # a graph that is none fails here, and says so by itself
         _LOG.warning("the optimised graph of %s is not kept (%s)", artefact, error)
-    return made[0] if made else make(None)
+        return result
+    return made[0]
 
 
 def cache_folders(artefact: Path) -> list[Path]:

@@ -31,6 +31,7 @@ from serving.shapes import CLASSES, background, draw_shape
 
 BATCH_SIZES = (1, 3, 8)
 PICTURES = 4
+SHORT_SIDE = 200  # pixels at most, of drawn pictures
 # What an artefact's precision may cost: logits in units of their spread, probabilities, boxes in pixels of the resized
 # image. INT8 is not held to PyTorch's numbers: `quantize` holds it to its accuracy.
 TOLERANCE = {
@@ -48,8 +49,9 @@ Output: TypeAlias = dict[str, npt.NDArray[Any]]  # boxes [K, 4], scores [K], lab
 def pictures(folder: str | Path | None, width: int, height: int) -> list[Image.Image]:
     """A few pictures to compare on: from a folder, or drawn.
 
-    Those drawn are two landscapes of `width` x `height / 2` pixels, one of them without an object, and a portrait and a
-    smaller landscape with many: an artefact's batches of full size would take longer than the rest of an export.
+    Those drawn are two landscapes as long as `width` and at most half as high as `height`, one of them without an
+    object, and a portrait and a smaller landscape with many: batches of full size would take longer than the rest of an
+    export.
 
     Raises:
         InputError: the folder has too few.
@@ -59,7 +61,7 @@ def pictures(folder: str | Path | None, width: int, height: int) -> list[Image.I
         if len(paths) < PICTURES:
             raise InputError(f"--images {folder} has {len(paths)} images: give a folder with at least {PICTURES}")
         return [decode(path) for path in paths]
-    long, short = width, max(1, height // 2)
+    long, short = width, max(1, min(height // 2, SHORT_SIDE))
     return [
         _drawn(0, long, short, 4),
         _drawn(1, long, short, 0),

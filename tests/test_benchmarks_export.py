@@ -39,7 +39,13 @@ def test_pytorch_has_its_weights_channels_last(tmp_path):
 def test_a_table_of_a_small_classifier(tmp_path, capsys):
     arguments = ["--models", "cspresnet10", "--batch-sizes", "2", "--rounds", "1", "--no-compile"]
     export.main([*arguments, "--json", str(tmp_path / "x.json")])
-    figures = json.loads((tmp_path / "x.json").read_text())["models"]["cspresnet10"]["batches"]["2"]
+    model = json.loads((tmp_path / "x.json").read_text())["models"]["cspresnet10"]
+    figures = model["batches"]["2"]
     assert set(figures["ours_over"]) == {"OpenVINO", "INT8", "eager"}
     assert all(value > 0 for value in figures["images_per_s"].values())
-    assert "| cspresnet10 | 2 |" in capsys.readouterr().out
+    for precision, convolution in (("float", "Conv"), ("INT8", "QLinearConv")):
+        shares = model["operators"][precision]
+        assert next(iter(shares)) == convolution
+        assert sum(shares.values()) == pytest.approx(1)
+    printed = capsys.readouterr().out
+    assert "| cspresnet10 | 2 |" in printed and "| cspresnet10 | INT8 | QLinearConv " in printed

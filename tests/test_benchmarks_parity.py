@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import parity
 from serving.shapes import draw_classification
@@ -23,6 +24,20 @@ def test_a_table_of_both_tasks():
     assert names[6:] == ["unmatched", "logits", "scores", "boxes", "top-1", "AP50"]
     assert len({text.count("|") for text in (head, line, *rows)}) == 1
     assert "0.7500, 0.7510, +1.0e-03" in rows[0] and "1.2e-03" in rows[1]
+
+
+def test_a_detector_sees_each_image_once():
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, images):
+            self.calls += 1
+            return [images[0].sum()]
+
+    model, image = Counting(), torch.arange(24).view(2, 4, 3).permute(2, 0, 1)
+    remembering = parity.remembering(model)
+    assert [remembering([pixels])[0].item() for pixels in (image, image + 1, image.clone())] == [276, 300, 276]
+    assert model.calls == 2
 
 
 @pytest.mark.slow

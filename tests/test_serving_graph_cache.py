@@ -14,7 +14,9 @@ import pytest
 from artifacts import write_classifier, write_detector
 from runtimes import NO_OPENVINO, ON_CPU, assert_equal, pixels
 
+from backbones.errors import InputError
 from serving import graph_cache
+from serving.artifact import read_whole, write_artifact
 from serving.providers import Provider
 from serving.runtime import OnnxModel
 
@@ -168,6 +170,15 @@ def test_a_disk_that_is_full_costs_the_cache_alone(
     assert OnnxModel(classifier, "cpu").run(images=pixels(1, 8, 8, 3))
     assert "is not kept ([Errno 28] No space left on device)" in caplog.text
     assert entries(classifier) == []
+
+
+def test_a_graph_that_no_runtime_takes_is_told_once(classifier: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, graph, artifact, _ = read_whole(classifier)
+    graph.graph.node[0].op_type = "Nonsense"
+    write_artifact(graph, artifact, classifier)
+    with pytest.raises(InputError, match="is no graph that onnxruntime loads on CPU .*Nonsense"):
+        OnnxModel(classifier, "cpu")
+    assert not caplog.text and entries(classifier) == []
 
 
 def test_work_of_killed_processes_is_removed(classifier: Path) -> None:
