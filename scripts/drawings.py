@@ -6,7 +6,8 @@ from pathlib import Path
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1d2733; text-anchor: middle }
-.small { font-size: 10.5px; fill: #52606d } .left { text-anchor: start } .right { text-anchor: end } .bold { font-weight: 600 }
+.small { font-size: 10.5px; fill: #52606d } .left { text-anchor: start } .right { text-anchor: end }
+.bold { font-weight: 600 }
 rect { fill: #f1f5fa; stroke: #6b7f94; stroke-width: 1.2 }
 rect.main { fill: #dbe7ff; stroke: #3557b7 } rect.proof { fill: #e2f3e4; stroke: #2e7d32 }
 rect.area { fill: none; stroke-dasharray: 5 4 }

@@ -1,4 +1,4 @@
-"""What mkdocs.yml's `hooks` add to docs/: the files of the tree that pages link to, and the table of published figures."""
+"""What mkdocs.yml asks for besides docs/: the files of the tree that pages link to, and the published figures."""
 
 from pathlib import Path
 
