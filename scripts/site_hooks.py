@@ -33,5 +33,5 @@ def published() -> str:
     lines = ["| model | top-1 | top-5 | published by | protocol |", "|---|---|---|---|---|"]
     for name, release in RELEASES.items():
         for figure in release.figures:
-            lines.append(f"| {name} | {figure.top1:.2f} | {figure.top5:.2f} | {figure.by} | {figure.preprocess} |")
+            lines.append(f"| {name} | {figure.top1:g} | {figure.top5:g} | {figure.by} | {figure.preprocess} |")
     return "\n".join(lines)
