@@ -1,6 +1,6 @@
 """The pictures of docs/pictures that are not drawn by hand: a running service's page, and curves of an evaluation.
 
-    python -m serving quickstart && python scripts/pictures.py runs/quickstart
+    python scripts/pictures.py ~/shapes    # the folder that docs/tutorial.md's commands were run in
 
 Needs playwright, which the group `dev` has, and an installed Chromium.
 """
@@ -34,13 +34,13 @@ def page(url: str, picture: Path) -> bytes:
     return shot
 
 
-def main(quickstart: Path) -> None:
+def main(tutorial: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         draw_detection(Path(folder), {"val": 2}, seed=1, size=512)
-        config = {"port": 0, "models": [{"name": "shapes", "artifact": str(quickstart / "detector.onnx")}]}
+        config = {"port": 0, "models": [{"name": "shapes", "artifact": str(tutorial / "shapes.onnx")}]}
         with start(ServingConfig.model_validate(config)) as service:
             shot = page(service.url, Path(folder) / "val/0001.jpg")
-    pictures = {"page": io.BytesIO(shot), "precision_recall": quickstart / "detector/report/precision_recall.png"}
+    pictures = {"page": io.BytesIO(shot), "precision_recall": tutorial / "runs/eval/report/precision_recall.png"}
     for name, source in pictures.items():
         with Image.open(source) as image:  # in few colours, a quarter as large
             image.convert("RGB").quantize(128).save(PICTURES / f"{name}.png", optimize=True)
