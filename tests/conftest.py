@@ -15,6 +15,7 @@ ON_RAY = {
         "scaling", "serve",
     )
 }  # fmt: skip
+ON_RAY |= {"test_docs_tutorial", "test_docs_examples"}
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # such as gw0; None in one process alone
 # Ray reads it when a test module first imports it: under `uv run` it would copy this folder for its workers.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
