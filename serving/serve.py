@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
-STOP_TIMEOUT_S = 4.0
+STOP_TIMEOUT_S = 4.0  # with the draining, an end within 10 s
+DELETE_TIMEOUT_S = 60.0  # of a cluster's applications; what deletes them would join the cluster again after Ray's end
 
 # Ray reads these in each of its processes as it starts, so they are set before `ray` is imported. What the
 # user's environment says goes first.
@@ -172,7 +173,9 @@ def _stop(names: Sequence[str] | None) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
             thread = threading.Thread(target=end, daemon=True)
             thread.start()
-            thread.join(STOP_TIMEOUT_S)  # what is left then, `ray.shutdown` kills
+            thread.join(
+                STOP_TIMEOUT_S if names is None else DELETE_TIMEOUT_S
+            )  # what is left then, `ray.shutdown` kills
             ray.shutdown()
 
 
