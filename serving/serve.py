@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 ROOM = 2  # times the CPUs that a config's replicas reserve: new ones start beside the old
 DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
-STOP_TIMEOUT_S = 4.0
+STOP_TIMEOUT_S = 4.0  # with the draining, an end within 10 s
+DELETE_TIMEOUT_S = 60.0  # of a cluster's applications; what deletes them would join the cluster again after Ray's end
 
 
 class RunningService:
@@ -208,7 +209,9 @@ def _stop(applications: Sequence["ServedApplication"] | None) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
             thread = threading.Thread(target=end, daemon=True)
             thread.start()
-            thread.join(STOP_TIMEOUT_S)  # what is left then, `ray.shutdown` kills
+            thread.join(
+                STOP_TIMEOUT_S if names is None else DELETE_TIMEOUT_S
+            )  # what is left then, `ray.shutdown` kills
             ray.shutdown()
 
 
