@@ -119,7 +119,7 @@ def _in_resized(result: Detections, artifact: DetectorArtifact) -> Output:
 
 def _same_bits(one: Classification | Detections, other: Classification | Detections) -> bool:
     if isinstance(one, Classification) and isinstance(other, Classification):
-        return all(np.array_equal(a, b) for a, b in zip(_best(one), _best(other), strict=True))
+        return np.array_equal(_best(one)[0], _best(other)[0]) and np.array_equal(_best(one)[1], _best(other)[1])
     assert isinstance(one, Detections) and isinstance(other, Detections)
     names = ("boxes", "scores", "indices")
     same = one.size == other.size and all(np.array_equal(getattr(one, n), getattr(other, n)) for n in names)

@@ -210,7 +210,7 @@ def _stop(applications: Sequence["ServedApplication"] | None) -> None:
             thread = threading.Thread(target=end, daemon=True)
             thread.start()
             thread.join(
-                STOP_TIMEOUT_S if names is None else DELETE_TIMEOUT_S
+                STOP_TIMEOUT_S if applications is None else DELETE_TIMEOUT_S
             )  # what is left then, `ray.shutdown` kills
             ray.shutdown()
 
