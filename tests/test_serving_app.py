@@ -73,9 +73,12 @@ def _write_slow(path: Path) -> Path:
     trial = 20
     predictor = create_predictor(OnnxModel(write_classifier(path, work=trial), "cpu"))
     prepared = predictor.prepare(picture("red"))
-    began = time.perf_counter()
-    predictor.predict([prepared])  # type: ignore[list-item]
-    each = (time.perf_counter() - began) / trial
+    seconds = []
+    for _ in range(5):  # the least: something else may run beside one
+        began = time.perf_counter()
+        predictor.predict([prepared])  # type: ignore[list-item]
+        seconds.append(time.perf_counter() - began)
+    each = min(seconds) / trial
     return write_classifier(path, work=int(4 * SLOW_TIMEOUT_S / each))
 
 
