@@ -91,8 +91,8 @@ class Output:
             try:
                 yield
             finally:
+                (self.folder / LISTED).unlink(missing_ok=True)
                 if not (self.folder / JOB).exists():  # nothing came of it
-                    (self.folder / LISTED).unlink(missing_ok=True)
                     (self.folder / ".lock").unlink()
                     with contextlib.suppress(OSError):
                         self.folder.rmdir()
