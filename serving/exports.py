@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from backbones.errors import InputError
-from backbones.files import write_aside
+from backbones.files import remove_leftovers, write_aside
 from detection.coco_eval import to_results
 from serving.artifact import Artifact, DetectorArtifact
 from serving.predictor import Detections
@@ -41,6 +41,7 @@ def check_export(path: str, artifact: Artifact, has_ids: bool) -> None:
 def write_export(folder: Path, path: str, artifact: Artifact) -> None:
     """Write the rows of a model's folder in the format of the path's suffix, whole or not at all."""
     suffix = Path(path).suffix
+    remove_leftovers(path)
     with write_aside(path) as aside:
         if suffix == ".parquet":
             with pq.ParquetWriter(aside, schema_of(artifact)) as writer:

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from backbones.errors import InputError
-from backbones.files import read_json, write_aside, write_json
+from backbones.files import read_json, remove_leftovers, write_aside, write_json
 from serving.inputs import File
 from serving.places import reason_of
 from serving.results import PICTURE, part_name
@@ -91,8 +91,8 @@ class Output:
             try:
                 yield
             finally:
+                (self.folder / LISTED).unlink(missing_ok=True)
                 if not (self.folder / JOB).exists():  # nothing came of it
-                    (self.folder / LISTED).unlink(missing_ok=True)
                     (self.folder / ".lock").unlink()
                     with contextlib.suppress(OSError):
                         self.folder.rmdir()
@@ -113,6 +113,8 @@ class Output:
                         f"{short(job[key])}: name another output, or remove this one"
                     )
         (self.folder / LISTED).replace(self.folder / INPUTS)
+        for name in (LISTED, JOB, "summary.json", "index.html"):
+            remove_leftovers(self.folder / name)
         for model in self.models:
             for leftover in model.glob(".part-*"):  # of a process that was killed while it wrote
                 leftover.unlink()
