@@ -18,7 +18,7 @@ from backbones.preprocess import MAX_PIXELS, ImageError, decode
 
 MB = 1 << 20
 SIDE = int(MAX_PIXELS**0.5)
-SECONDS = 2.0  # of CPU time; on a quiet machine each takes less than one
+SECONDS = 2.0  # of CPU time
 BYTES = 9 * MAX_PIXELS  # two pictures of the most pixels, and what is small
 
 

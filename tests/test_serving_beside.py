@@ -1,6 +1,7 @@
 """A classifier asked beside a detector, whatever may have become of it; its replicas are stand-ins here, not Ray's."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifacts import picture, write_classifier, write_detector
+from artifacts import COLOURS, picture, write_classifier, write_detector
 from ray.serve.exceptions import BackPressureError, RayServeException
+from starlette.requests import Request
+from starlette.types import Message
 
 from backbones.preprocess import ClassifierPreprocess, ImageError
 from serving import beside
+from serving.app import ModelReplica
 from serving.artifact import Artifact
 from serving.beside import Classifiers
 from serving.predictor import Classifier, create_predictor
@@ -114,3 +118,49 @@ def test_503_when_it_is_overloaded_or_was_replaced(handles: dict[str, Any]) -> N
     found = asyncio.run(known.find("classifier"))
     assert found.preprocess == other
     assert asyncio.run(known.classify(found, np.zeros((48, 48, 3), np.uint8), 5)) == {"model": "it"}
+
+
+async def replica(name: str, artifact: Path) -> ModelReplica:
+    """One without Ray."""
+    made = ModelReplica.__new__(ModelReplica)
+    await made.__init__(name, str(artifact), "cpu", None, False, 1, 4, 30.0, 1_000_000)  # type: ignore[misc]
+    return made
+
+
+async def ask(asked: ModelReplica, path: str, body: bytes) -> tuple[int, Any]:
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body}
+
+    path, _, query = f"/v2/models/{asked.name}/{path}".partition("?")
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode(), "headers": []}
+    response = await asked(Request(scope, receive))
+    return response.status_code, json.loads(bytes(response.body))
+
+
+def test_replicas_answer_both_as_they_answer_each(handles: dict[str, Any], tmp_path: Path) -> None:
+    async def run() -> None:
+        classifier = await replica("classifier", tmp_path / "c.onnx")
+        detector = await replica("detector", tmp_path / "d.onnx")
+
+        async def classify(*args: Any) -> Any:
+            return await classifier.classify_pixels(*args)
+
+        handles["classifier"].classify_pixels = SimpleNamespace(remote=classify)
+        for colour in COLOURS:
+            image = picture(colour, (301, 187), "JPEG")
+            status, both = await ask(detector, "detect?classify=classifier&top_k=2&score_threshold=0.55", image)
+            assert status == 200
+            assert both.pop("classification") == (await ask(classifier, "classify?top_k=2", image))[1]
+            assert both == (await ask(detector, "detect?score_threshold=0.55", image))[1]
+        for query, status in [
+            ("classify=none", 404),
+            ("classify=detector", 400),
+            ("classify=classifier&top_k=0", 400),
+            ("classify=classifier&annotate=png", 400),
+            ("top_k=3", 400),
+        ]:
+            assert (await ask(detector, f"detect?{query}", image))[0] == status, query
+        assert (await ask(detector, "detect?classify=classifier", b"no image"))[0] == 422
+        assert (await ask(classifier, "classify?classify=classifier", image))[0] == 400
+
+    asyncio.run(run())
