@@ -135,10 +135,11 @@ def metric(started: Started, name: str, **tags: str) -> float:
 @pytest.mark.slow
 def test_a_shadow_that_hangs_hurts_nobody_and_is_replaced(started):
     (before,) = replicas("several@3")
+    assert {started.post("several/classify").status_code for _ in range(6)} == {200}
+    within(60, lambda: metric(started, "cspnet_shadow_copies_total", version="3", outcome="answered") > 0)
     for _ in range(6):
         answer = started.post("several/classify", "white")
         assert answer.status_code == 200 and answer.elapsed.total_seconds() < 8
-    within(60, lambda: metric(started, "cspnet_shadow_copies_total", version="3", outcome="answered") > 0)
     within(60, lambda: metric(started, "cspnet_shadow_copies_total", version="3", outcome="failed") > 0)
     assert metric(started, "cspnet_requests_total", application="several@3", action="classify", code="200") > 0
     within(180, lambda: replicas("several@3") not in ([], [before]))
