@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from backbones.preprocess import ClassifierPreprocess, Pixels, classifier_pixels, decode
 from serving.artifact import Artifact, ClassifierArtifact
+from serving.grpc_service import FRONT
 from serving.protocol import RETRY_AFTER_S, Refusal
 from serving.schemas import ClassifyAnswer
 
@@ -56,10 +57,13 @@ class Classifiers:
             Refusal: 404 or 400, there is no such model or it is none; 503, it has no replica.
         """
         if name not in self._known:
+            missing = Refusal(404, f"no model {name!r} here, which classify names")
+            if name == FRONT:  # an application, and no model
+                raise missing
             try:
                 handle = await asyncio.to_thread(serve.get_app_handle, name)
             except RayServeException:
-                raise Refusal(404, f"no model {name!r} here, which classify names") from None
+                raise missing from None
             artifact: Artifact = await _call(name, handle.artifact)
             if not isinstance(artifact, ClassifierArtifact):
                 raise Refusal(400, f"{name!r} is a model for {artifact.task}: classify names a classifier")

@@ -60,18 +60,19 @@ def photo(tmp_path: Path) -> Path:
 
 
 def as_it_lies(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(preprocess.ImageOps, "exif_transpose", lambda image, **_: image)
+    patch.setattr(preprocess, "_upright", lambda image: image)
 
 
 def in_blue(patch: pytest.MonkeyPatch) -> None:
     """A JPEG decoder that takes red for blue, as one that gives BGR."""
 
-    def swap(image: Image.Image, **_: object) -> None:
-        if image.format == "JPEG":
-            red, green, blue = image.split()
-            image.paste(Image.merge("RGB", (blue, green, red)))
+    upright = preprocess._upright
 
-    patch.setattr(preprocess.ImageOps, "exif_transpose", swap)
+    def swap(image: Image.Image) -> Image.Image:
+        turned, jpeg = upright(image), image.format == "JPEG"
+        return Image.merge("RGB", turned.split()[::-1]) if jpeg else turned
+
+    patch.setattr(preprocess, "_upright", swap)
 
 
 def by_nearest(patch: pytest.MonkeyPatch) -> None:
