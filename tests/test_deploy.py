@@ -133,9 +133,11 @@ try:
     serve_config(load_config(ServingConfig, sys.argv[1], ["models.1.artifact=runs/a.onnx"]))
 except InputError as error:
     relative = str(error)
+called = serve_config(load_config(ServingConfig, sys.argv[1], ["grpc_port=8001"]))
+called = ServeDeploySchema.model_validate(called).grpc_options.model_dump(exclude_unset=True)
 cluster = {"metadata": {"name": "a", "namespace": "b"}, "spec": json.loads(sys.argv[2])}
 nodes = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
-print(json.dumps({"made": made, "kept": kept, "relative": relative, "nodes": nodes}))
+print(json.dumps({"made": made, "kept": kept, "relative": relative, "called": called, "nodes": nodes}))
 """
 
 
@@ -147,6 +149,16 @@ def read_by_ray(service: RayService) -> dict[str, Any]:
 def test_serve_config_is_the_manifests_and_rays_schema_knows_every_key(service, read_by_ray):
     assert yaml.safe_load(service.spec.serveConfigV2) == read_by_ray["made"]
     assert read_by_ray["kept"] == read_by_ray["made"]  # the schema drops what it does not know
+
+
+def test_grpc_is_on_if_the_config_has_its_port(read_by_ray):
+    assert "grpc_options" not in read_by_ray["made"]
+    assert read_by_ray["called"] == {
+        "port": 8001,
+        "grpc_servicer_functions": ["serving.grpc_service:add_to_server"],
+        "request_timeout_s": 31,  # a second above the longest of the models
+        "enable_reflection": False,
+    }
 
 
 def test_an_artefact_has_one_path_on_every_node(read_by_ray):
