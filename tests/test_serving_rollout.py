@@ -1,5 +1,6 @@
 """Versions side by side and new ones in place of old ones, on a real Ray Serve, under load."""
 
+import os
 import re
 import signal
 import subprocess
@@ -297,7 +298,6 @@ def test_names_that_haproxy_would_mix_up():
 
 @pytest.mark.slow
 def test_the_command_rolls_out_on_sighup(tmp_path):
-    """The last test: the service of the others is not needed any more."""
     one, two = (keep_answer(write_classifier(tmp_path / f"{name}.onnx", name=name)) for name in ("one", "two"))
     config = tmp_path / "serving.yaml"
 
@@ -306,7 +306,9 @@ def test_the_command_rolls_out_on_sighup(tmp_path):
 
     write(one)
     command = [sys.executable, "-m", "serving", "run", str(config)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # of the others' service
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=own) as process:
         assert process.stdout is not None
         try:
             url = said(process.stdout, r"serving at (http://\S+);")
