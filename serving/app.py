@@ -262,6 +262,7 @@ class Front:
 
     def __init__(self, entries: Sequence[Entry]):
         self.entries = entries
+        self.states: dict[str, str] = {}  # by application, when Ray last told
         self.page = Path(__file__).with_name("page.html").read_bytes()
         self.document = openapi.document(version("cspnet"))
 
@@ -307,8 +308,10 @@ class Front:
 
     async def _index(self) -> list[dict[str, str]]:
         applications = (await asyncio.to_thread(serve.status)).applications
-        states = {name: _state(application) for name, application in applications.items()}
-        rows = [(entry, states.get(entry.application, "NOT_STARTED")) for entry in self.entries]
+        # While one is built anew, or if that fails, Ray lists none of its deployments; they go on as they were.
+        told = {name: _state(a) for name, a in applications.items() if a.deployments or name not in self.states}
+        self.states = {name: state for name, state in self.states.items() if name in applications} | told
+        rows = [(entry, self.states.get(entry.application, "NOT_STARTED")) for entry in self.entries]
         return [
             {
                 "name": entry.name,
