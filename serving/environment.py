@@ -25,8 +25,6 @@ COMMON = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three failures, and a proxy that ended has a successor
     "RAY_worker_niceness": "0",  # 15 otherwise: a replica would wait for all else on the machine
-    # If this process is killed, Ray's agents look for a head that is gone as well: not for a minute.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
 }
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults

@@ -4,6 +4,7 @@ Shapes: N images, H, W pixels, C classes, K boxes.
 """
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from backbones.preprocess import ClassifierPreprocess, DetectorPreprocess, canvases
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, read_whole, write_artifact
+from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
 from serving.selftest import record
 
@@ -73,6 +75,19 @@ def write_classifier(
         model=name, classes=COLOURS, preprocess=ClassifierPreprocess(resize=crop, crop=crop), **_COMMON
     )
     return _write(path, nodes, constants, [_images(batch)], outputs, metadata)
+
+
+def write_slow_classifier(path: Path, seconds: float) -> Path:
+    """One that takes about so long for an image, on whatever machine this is."""
+    trial = 20
+    predictor = create_predictor(OnnxModel(write_classifier(path, work=trial), "cpu"))
+    prepared: Any = [predictor.prepare(picture("red"))]
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        predictor.predict(prepared)
+        took.append(time.perf_counter() - began)
+    return write_classifier(path, work=int(seconds * trial / min(took)))  # the least: others may run beside one
 
 
 def write_detector(path: Path, score_threshold: float = 0.5) -> Path:

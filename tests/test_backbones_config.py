@@ -7,6 +7,7 @@ from backbones.config import ClassifierConfig, ClassifierTraining, load_config
 from backbones.errors import InputError
 from backbones.published import protocol
 from detection.config import DetectorConfig
+from serving.batch_config import BatchConfig
 from serving.config import ServingConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -17,6 +18,8 @@ QUICKSTART = CONFIGS / "quickstart" / "classifier.yaml"
 def schema(path: Path) -> type:
     if path.parent.name == "serving":
         return ServingConfig
+    if path.parent.name == "batch":
+        return BatchConfig
     return DetectorConfig if "_fpn" in path.read_text() else ClassifierConfig
 
 

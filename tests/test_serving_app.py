@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http
-from artifacts import BOXES, COLOURS, RGB, picture, write_classifier, write_detector
+from artifacts import BOXES, COLOURS, RGB, picture, write_classifier, write_detector, write_slow_classifier
 from PIL import Image
 
 from benchmarks.processes import tree
@@ -55,7 +55,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
             ServedModel(name="detector", artifact=str(write_detector(folder / "detector.onnx"))),
             ServedModel(
                 name="slow",
-                artifact=str(_write_slow(folder / "slow.onnx")),
+                artifact=str(write_slow_classifier(folder / "slow.onnx", 4 * SLOW_TIMEOUT_S)),
                 max_batch_size=1,
                 max_ongoing_requests=1,
                 max_queued_requests=1,
@@ -66,20 +66,6 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     lines: list[str] = []
     with start(config, lines.append) as service, httpx.Client(base_url=service.url, timeout=30) as http:
         yield Started(service, http, classifier, lines)
-
-
-def _write_slow(path: Path) -> Path:
-    """A classifier that takes about four of its time limits for an image, on whatever machine this is."""
-    trial = 20
-    predictor = create_predictor(OnnxModel(write_classifier(path, work=trial), "cpu"))
-    prepared = predictor.prepare(picture("red"))
-    seconds = []
-    for _ in range(5):  # the least: something else may run beside one
-        began = time.perf_counter()
-        predictor.predict([prepared])  # type: ignore[list-item]
-        seconds.append(time.perf_counter() - began)
-    each = min(seconds) / trial
-    return write_classifier(path, work=int(4 * SLOW_TIMEOUT_S / each))
 
 
 def huge_png() -> bytes:

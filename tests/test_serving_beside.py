@@ -17,11 +17,12 @@ from starlette.types import Message
 from backbones.preprocess import ClassifierPreprocess, ImageError
 from serving import beside
 from serving.app import ModelReplica
-from serving.artifact import Artifact
+from serving.artifact import Artifact, read_artifact
 from serving.beside import Classifiers
 from serving.predictor import Classifier, create_predictor
 from serving.protocol import Refusal
 from serving.runtime import OnnxModel
+from serving.versions import Route
 
 
 def method(answer: Callable[..., Any]) -> Any:
@@ -123,7 +124,10 @@ def test_503_when_it_is_overloaded_or_was_replaced(handles: dict[str, Any]) -> N
 async def replica(name: str, artifact: Path) -> ModelReplica:
     """One without Ray."""
     made = ModelReplica.__new__(ModelReplica)
-    await made.__init__(name, str(artifact), "cpu", None, False, 1, 4, 30.0, 1_000_000)  # type: ignore[misc]
+    await made.__init__(  # type: ignore[misc]
+        name, "1", [Route("1", name)], str(artifact), read_artifact(artifact)[1],
+        "cpu", None, False, 1, 4, 30.0, 1_000_000,
+    )  # fmt: skip
     return made
 
 

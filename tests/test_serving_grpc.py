@@ -1,22 +1,18 @@
 """The gRPC service on a real Ray Serve, started once, by tritonclient: every call, good and bad input, API keys."""
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.http as triton_http
-from artifacts import COLOURS, RGB, picture, write_classifier, write_detector
+from artifacts import COLOURS, RGB, picture, write_classifier, write_detector, write_slow_classifier
 from tritonclient.utils import InferenceServerException
 
 from serving.config import ServedModel, ServingConfig
-from serving.predictor import create_predictor
-from serving.runtime import OnnxModel
 from serving.serve import RunningService, start
 
 MAX_BODY = 300_000
@@ -44,7 +40,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     keys.chmod(0o600)
     slow = ServedModel(
         name="slow",
-        artifact=str(_write_slow(folder / "slow.onnx")),
+        artifact=str(write_slow_classifier(folder / "slow.onnx", 2 * SLOW_TIMEOUT_S)),
         max_batch_size=1,
         max_ongoing_requests=1,
         max_queued_requests=1,
@@ -69,17 +65,6 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
         with triton.InferenceServerClient(service.grpc_url) as grpc:
             yield Started(service, grpc, http, lines)
         http.close()
-
-
-def _write_slow(path: Path) -> Path:
-    """A classifier that takes about twice its time limit for an image, on whatever machine this is."""
-    trial = 20
-    predictor = create_predictor(OnnxModel(write_classifier(path, work=trial), "cpu"))
-    prepared = predictor.prepare(picture("red"))
-    began = time.perf_counter()
-    predictor.predict([prepared])  # type: ignore[list-item]
-    each = (time.perf_counter() - began) / trial
-    return write_classifier(path, work=int(2 * SLOW_TIMEOUT_S / each))
 
 
 def encoded(client: Any, *images: bytes) -> Any:

@@ -79,7 +79,7 @@ def test_methods_are_the_services() -> None:
 
 def test_encoded_images_raw_and_not(classifier: Artifact) -> None:
     asked = oip_grpc.parse(request(), classifier)
-    assert (asked.images, asked.version, asked.id, asked.top_k) == ((JPEG,), "", "", None)
+    assert (asked.images, asked.id, asked.top_k) == ((JPEG,), "", None)
     assert oip_grpc.parse(request(raw=[], bytes_contents=[JPEG]), classifier).images == (JPEG,)
 
 
@@ -103,13 +103,13 @@ def test_parameters_of_every_kind(classifier: Artifact, detector: Artifact) -> N
 def test_answers_are_those_of_http(classifier: Artifact, detector: Artifact, results: list[Any]) -> None:
     artifact = classifier if results[0] is CLASSES else detector
     outputs = dict.fromkeys(oip.output_tensors(artifact), True)
-    asked = oip.ask("abc", "", (JPEG, JPEG), outputs, oip.Parameters(), artifact)
+    asked = oip.ask("abc", (JPEG, JPEG), outputs, oip.Parameters(), artifact)
     theirs = service_pb2.ModelInferResponse.FromString(
-        oip_grpc.render(asked, "m", artifact, results).SerializeToString()
+        oip_grpc.render(asked, "m", "1", artifact, results).SerializeToString()
     )
     assert (theirs.id, theirs.model_name, theirs.model_version) == ("abc", "m", "1")
     said = triton.InferResult(theirs)
-    content, headers = oip_json.render(asked, "m", artifact, results)
+    content, headers = oip_json.render(asked, "m", "1", artifact, results)
     http = pytest.importorskip("tritonclient.http").InferenceServerClient.parse_response_body(
         content, header_length=int(headers[oip_json.JSON_LENGTH])
     )
@@ -120,7 +120,7 @@ def test_answers_are_those_of_http(classifier: Artifact, detector: Artifact, res
 
 
 def test_only_the_wanted_outputs(classifier: Artifact) -> None:
-    answer = oip_grpc.render(oip_grpc.parse(request(output="labels"), classifier), "m", classifier, [CLASSES])
+    answer = oip_grpc.render(oip_grpc.parse(request(output="labels"), classifier), "m", "1", classifier, [CLASSES])
     assert [output.name for output in answer.outputs] == ["labels"]
     assert len(answer.raw_output_contents) == 1
 

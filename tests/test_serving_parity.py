@@ -20,8 +20,8 @@ from backbones.errors import InputError
 from detection.weights import load_detector
 from serving.parity import (
     BATCH_SIZES,
+    Match,
     _batches,
-    _Match,
     compare_classifier,
     compare_detector,
     measure_detector,
@@ -175,7 +175,7 @@ def test_every_row_of_a_batch_is_compared(tmp_path: Path) -> None:
 
 
 def test_a_detection_has_one_partner(tmp_path: Path) -> None:
-    match = _Match(OnnxModel(write_detector(tmp_path / "m.onnx"), "cpu", cache=False).metadata)
+    match = Match(OnnxModel(write_detector(tmp_path / "m.onnx"), "cpu", cache=False).metadata)
     one = {"boxes": np.float32([[1, 2, 30, 40]]), "scores": np.float32([0.9]), "labels": np.array([1])}
     copies = {name: value.repeat(3, 0) for name, value in one.items()}
     match.add(one, copies)
