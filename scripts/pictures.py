@@ -28,7 +28,7 @@ def page(url: str, picture: Path) -> bytes:
         tab = browser.new_page(viewport={"width": 860, "height": 860}, color_scheme="light")
         tab.goto(url)
         tab.set_input_files("#file", str(picture))
-        tab.wait_for_selector("#drawn rect.edge")
+        tab.wait_for_selector("#drawn rect.edge", state="attached")
         shot = tab.screenshot()
         browser.close()
     return shot

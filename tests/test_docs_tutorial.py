@@ -24,7 +24,7 @@ END = "--- end of the command ---"
 def shortened(page: str, port: int) -> str:
     page, trainings = re.subn(r"^  epochs: \d+$", "  epochs: 1", page, flags=re.MULTILINE)
     assert trainings == 2
-    page = page.replace("score_threshold=0.5", "score_threshold=0.2")  # of a detector that knows little
+    page = page.replace("score_threshold=0.5", "score_threshold=0.2")  # the lowest that the artefact has
     return page.replace("port: 8000", f"port: {port}").replace("127.0.0.1:8000", f"127.0.0.1:{port}")
 
 
