@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import random
 import shutil
 import socket
 import sys
@@ -15,6 +16,8 @@ from serving.config import ServingConfig
 from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+# That the system gives to nobody who asks for any port, nor Ray to its workers: nobody takes one before HAProxy does.
+QUIET_PORTS = range(20_000, 32_000)
 LEAST_MESSAGE_LIMIT = 4_000_000  # bytes; of gRPC's answers as well, which may be larger than a request
 
 # What the user's environment says goes first.
@@ -124,6 +127,12 @@ def listen(host: str, port: int, name: str = "port") -> socket.socket:
 
 
 def free_port(host: str = "0.0.0.0", port: int = 0, name: str = "port") -> int:
-    """`port`, if nobody listens there; for 0, one of which that is so."""
-    with listen(host, port, name) as server:
-        return int(server.getsockname()[1])
+    """`port`, if nobody listens there; for 0, one of `QUIET_PORTS` of which that is so."""
+    for candidate in [port] if port else random.sample(QUIET_PORTS, 100):
+        try:
+            with listen(host, candidate, name):
+                return candidate
+        except InputError:
+            if port:
+                raise
+    raise InputError(f"no port between {QUIET_PORTS[0]} and {QUIET_PORTS[-1]} is free on {host}: end other services")

@@ -27,7 +27,7 @@ def schema(path: Path) -> type:
 def test_every_file_is_valid_and_opens_with_its_command(path):
     load_config(schema(path), path)
     first = path.read_text().splitlines()[0]
-    assert first.startswith("# python -m ")
+    assert first.startswith(("# python -m ", "# ray job submit "))
     assert str(path.relative_to(CONFIGS.parent)) in first
 
 
