@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from backbones.errors import InputError
 from backbones.preprocess import ClassifierPreprocess, classifier_resized, decode, detector_pixels, fitted_size
 from serving.artifact import Artifact, DetectorArtifact
 from serving.evaluate import Source
@@ -18,6 +19,10 @@ from serving.results import TOP_K, Row
 Stage = Literal["decode", "resize", "graph", "post-processing"]
 # Exact places give the same bits, near ones what rounding in float32 allows; a quantized artefact may answer otherwise.
 Bond = Literal["exact", "near", "free"]
+
+
+class Disagreement(InputError):
+    """Two places that must give one number do not."""
 
 
 @dataclass

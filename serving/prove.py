@@ -26,7 +26,7 @@ import yaml
 from backbones.errors import InputError
 from backbones.files import check_writable, versions, write_aside, write_json
 from backbones.weights import resolve
-from serving.agreement import Agreement, Bond, parting
+from serving.agreement import Agreement, Bond, Disagreement, parting
 from serving.artifact import Artifact
 from serving.batch import run_batch
 from serving.batch_config import BatchConfig, BatchModel
@@ -48,10 +48,6 @@ DIFFERENCES = ("logits", "scores", "boxes")
 HEADER = ("measured on", "metric", *DIFFERENCES, "unmatched", "images/s", "peak MiB")
 VERSIONS = ("cspnet", "torch", "torchvision", "ray", "pillow", "numpy")
 NAME = "model"  # of the artefact, where it is served
-
-
-class Disagreement(InputError):
-    """Two places that must give one number do not."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import backbones.train
 import detection.evaluate
 import detection.train
 from backbones.config import ClassifierConfig, load_config
-from backbones.errors import InputError
 from backbones.files import list_images, write_json
 from detection.config import DetectorConfig
+from serving.agreement import Disagreement
 from serving.artifact import DetectorArtifact
 from serving.batch import run_batch
 from serving.batch_config import BatchConfig
@@ -33,10 +33,6 @@ IMAGES = {"train": 1600, "val": 200}  # of the classifier
 SCENES = {"train": 400, "val": 100}  # of the detector
 SEED = 0
 HEADER = ("measured on", "top-1", "AP50")
-
-
-class Disagreement(InputError):
-    """Two places that must give one number do not."""
 
 
 def run_quickstart(output: str | Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from PIL import Image
 from backbones import preprocess
 from backbones.errors import InputError
 from serving import prove
-from serving.agreement import Agreement, Bond, parting
+from serving.agreement import Agreement, Bond, Disagreement, parting
 from serving.evaluate import ArtifactSource
 from serving.memory import PeakMemory
 from serving.predictor import Classification, Detections
-from serving.prove import ARTIFACT, BATCH, CHECKPOINT, ENDPOINT, INT8, Disagreement, run_prove
+from serving.prove import ARTIFACT, BATCH, CHECKPOINT, ENDPOINT, INT8, run_prove
 from serving.results import Row
 from serving.shapes import draw_classification
 
