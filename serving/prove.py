@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from backbones.cspnet import get_variant
 from backbones.errors import InputError
 from backbones.files import check_writable, versions, write_aside, write_json
 from backbones.weights import resolve
@@ -206,7 +207,7 @@ def run_prove(
         InputError: weights or data that are missing or do not fit.
     """
     check_writable(output)
-    folder, local = Path(output), resolve(weights, model)
+    folder, local = Path(output), resolve(weights, get_variant(model)[0] if model else None)
     artifact, int8 = folder / "model.onnx", folder / "model.int8.onnx"
     _say(f"exporting {weights}")
     metadata = run_export(str(local), artifact, model=model)
