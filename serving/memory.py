@@ -28,14 +28,17 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
+        known: set[int] = set()
         while True:
             ended = self._ended.is_set()
-            for pid in _descendants(os.getpid()):
+            found = set(_descendants(os.getpid()))
+            for pid in found & known:  # one that is new may be between vfork and exec, with its parent's memory
                 peak = _peak(pid)
                 if peak is not None:
                     self.bytes = max(self.bytes or 0, peak)
             if ended:
                 return
+            known = found
             self._ended.wait(POLL_S)
 
 
