@@ -143,7 +143,8 @@ class Proof:
             expected, found: open the place held against and this one again, to find out where they part.
         """
         self.places[name] = measured
-        agreement, reference = Agreement(self.metadata, bond), self.places[against]
+        artifact = self.metadata if bond != "free" else self.metadata.model_copy(update={"precision": "int8"})
+        agreement, reference = Agreement(artifact, bond), self.places[against]
         for one, other in zip(reference.rows, measured.rows, strict=True):
             agreement.add(one, other)
         self.agreements[name] = against, agreement
