@@ -124,10 +124,6 @@ class Proof:
     agreements: dict[str, tuple[str, Agreement]] = field(default_factory=dict)  # by place: with which, and how far
     problems: list[str] = field(default_factory=list)
 
-    def add(self, name: str, measured: Measured) -> None:
-        """A place that others are compared with."""
-        self.places[name] = measured
-
     def compare(
         self,
         name: str,
@@ -219,7 +215,7 @@ def run_prove(
     checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact)
 
     _say("evaluating the checkpoint")
-    proof.add(CHECKPOINT, _alone(scoring, checkpoint))
+    proof.places[CHECKPOINT] = _alone(scoring, checkpoint)  # what the others are held against
     _say("evaluating the artefact")
     proof.compare(ARTIFACT, _alone(scoring, exported), CHECKPOINT, "near", checkpoint, exported)
     without = _quantize(artifact, int8, scoring, calibration)
