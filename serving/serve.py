@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 POLL_S = 0.1
 ROOM = 2  # times the CPUs that a config's replicas reserve: new ones start beside the old
 DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
-STOP_TIMEOUT_S = 4.0  # with the draining, an end within 10 s
+STOP_TIMEOUT_S = 4.0  # of Serve, without HAProxy; what is left then, Ray's end kills
 DELETE_TIMEOUT_S = 60.0  # of a cluster's applications; what deletes them would join the cluster again after Ray's end
 
 
@@ -165,7 +165,7 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         applications = build(config)
         if ray.is_initialized():
             raise InputError("Ray already runs in this process: stop the other service or job first")
-        undo.callback(_stop, None if local else applications)
+        undo.callback(_stop, None if local else applications, drained=binary is not None)
         if binary is None:
             listener.close()  # Ray's own proxy binds the port
         else:
@@ -192,9 +192,21 @@ def _resolved(config: ServingConfig, port: int, grpc_port: int | None) -> Servin
     return config.model_copy(update={"models": models, "port": port, "grpc_port": grpc_port})
 
 
-def _stop(applications: Sequence["ServedApplication"] | None) -> None:
-    """Shut Serve down, or on a cluster delete these applications, and leave Ray."""
+def _stop(applications: Sequence["ServedApplication"] | None, drained: bool) -> None:
+    """Leave Ray, and on this machine end it; on a cluster delete these applications first.
+
+    Args:
+        drained: nothing is left to answer, so that Serve need not end before Ray does.
+    """
     import ray
+
+    if ray.is_initialized():
+        if not drained:
+            _end_serve(applications)
+        ray.shutdown()
+
+
+def _end_serve(applications: Sequence["ServedApplication"] | None) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
@@ -205,14 +217,10 @@ def _stop(applications: Sequence["ServedApplication"] | None) -> None:
             for application in applications or ():
                 serve.delete(application.name)
 
-    if ray.is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
-            thread = threading.Thread(target=end, daemon=True)
-            thread.start()
-            thread.join(
-                STOP_TIMEOUT_S if applications is None else DELETE_TIMEOUT_S
-            )  # what is left then, `ray.shutdown` kills
-            ray.shutdown()
+    with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
+        thread = threading.Thread(target=end, daemon=True)
+        thread.start()
+        thread.join(STOP_TIMEOUT_S if applications is None else DELETE_TIMEOUT_S)
 
 
 @contextlib.contextmanager
