@@ -33,14 +33,14 @@ from benchmarks.export import random_classifier, random_detector
 from detection.spec import is_detector
 from serving.artifact import Artifact, read_whole
 from serving.batch import run_batch
-from serving.batch_config import BatchConfig
-from serving.batch_worker import predict_files
 from serving.export import run_export
-from serving.inputs import File
-from serving.parts import Output
+from serving.jobs.config import BatchConfig
+from serving.jobs.inputs import File
+from serving.jobs.parts import Output
+from serving.jobs.results import to_table
+from serving.jobs.worker import predict_files
 from serving.predictor import create_predictor, prepare
 from serving.ray_start import start_ray
-from serving.results import to_table
 from serving.runtime import OnnxModel, usable_cores
 from serving.shapes import background
 

@@ -26,7 +26,7 @@ from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from benchmarks.export import random_classifier
 from serving.export import run_export
-from serving.results import iter_rows
+from serving.jobs.results import iter_rows
 
 SIZE = (64, 48)
 BROKEN = 100  # one in so many

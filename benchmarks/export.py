@@ -40,11 +40,11 @@ from detection.batched import BatchedDetector
 from detection.models import create_detector
 from detection.spec import is_detector
 from serving.artifact import read_whole, write_artifact
-from serving.calibrate import measure_ranges
 from serving.export import ExportedClassifier, run_export
-from serving.ort_session import session_options
-from serving.qdq import activations, quantize
+from serving.graph.calibrate import measure_ranges
+from serving.graph.qdq import activations, quantize
 from serving.runtime import OnnxModel, usable_cores
+from serving.sessions.ort import session_options
 
 MODELS = (
     "cspresnet50", "cspresnext50", "cspdarknet50",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from serving.providers import usable_cores
+from serving.sessions.providers import usable_cores
 
 TIMEOUT_S = 30
 

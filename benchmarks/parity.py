@@ -42,8 +42,8 @@ from serving.artifact import DetectorArtifact, Parity, read_artifact
 from serving.evaluate import ArtifactSource, run_eval
 from serving.export import run_export
 from serving.parity import measure_classifier, measure_detector
-from serving.providers import PROVIDERS
 from serving.runtime import OnnxModel, Provider, usable_cores
+from serving.sessions.providers import PROVIDERS
 
 OUTPUTS = ("logits", "probabilities", "scores", "boxes", "masks")
 METRICS = ("top-1", "AP50", "mask AP50")

@@ -22,8 +22,8 @@ from backbones.errors import InputError
 from benchmarks.load import Post
 from benchmarks.processes import memory_mb, tree
 from serving.artifact import ClassifierArtifact, read_artifact
-from serving.environment import free_port
-from serving.providers import usable_cores
+from serving.service.environment import free_port
+from serving.sessions.providers import usable_cores
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent / "peers"

@@ -39,10 +39,10 @@ from benchmarks import clients, hostile
 from benchmarks.clients import Question
 from benchmarks.processes import memory_mb, tree
 from benchmarks.serving import DETECTOR, NOTHING, artifact, jpeg
-from serving.environment import free_port
+from serving.api.schemas import classify_answer, detect_answer
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
-from serving.schemas import classify_answer, detect_answer
+from serving.service.environment import free_port
 
 PARTS = ("soak", "kills", "overload", "hostile", "stop")
 SOAKING, KILLING = 64, 16  # clients

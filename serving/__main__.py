@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 
 from backbones.cli import add_config_arguments, at_least, run_command
-from serving.providers import PROVIDERS
+from serving.sessions.providers import PROVIDERS
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -69,8 +69,8 @@ def _deploy_config(args: argparse.Namespace) -> None:
 def _batch(args: argparse.Namespace) -> None:
     from backbones.config import load_config
     from serving.batch import run_batch
-    from serving.batch_config import BatchConfig
-    from serving.batch_report import summary_lines
+    from serving.jobs.config import BatchConfig
+    from serving.jobs.report import summary_lines
 
     print("\n".join(summary_lines(run_batch(load_config(BatchConfig, args.config, args.overrides)))))
 

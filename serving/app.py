@@ -18,15 +18,18 @@ from starlette.responses import Response
 
 from backbones.errors import InputError
 from backbones.preprocess import ClassifierPreprocess, Pixels
-from serving import access_log, grpc_service, keys, oip, oip_grpc, oip_json, selftest, traces
+from serving import selftest
+from serving.api import oip, oip_grpc, oip_json
+from serving.api.protocol import JsonErrors, Refusal, allow, attempt, read_body, refused, respond, too_large
+from serving.api.schemas import ClassifyAnswer
 from serving.artifact import Artifact, DetectorArtifact
-from serving.endpoints import Endpoints
-from serving.metrics import ReplicaMetrics
+from serving.ingress import access_log, keys
 from serving.predictor import create_predictor
-from serving.protocol import JsonErrors, Refusal, allow, attempt, read_body, refused, respond, too_large
 from serving.runtime import OnnxModel, Provider
-from serving.schemas import ClassifyAnswer
-from serving.versions import HEADER, Handed, Reply, Route, Versions, hand, read_path, route_prefix
+from serving.service import grpc_service, traces
+from serving.service.endpoints import Endpoints
+from serving.service.metrics import ReplicaMetrics
+from serving.service.versions import HEADER, Handed, Reply, Route, Versions, hand, read_path, route_prefix
 
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
 ENDPOINTS = {"classification": "classify", "detection": "detect"}

@@ -28,16 +28,16 @@ from tqdm import tqdm
 from backbones.errors import InputError
 from backbones.progress import progress
 from serving.artifact import Artifact, read_whole
-from serving.batch_config import BatchConfig
-from serving.batch_report import check_labels, check_truth, write_report
-from serving.batch_worker import BatchWorker, Decoder, Lister, WorkerModel, result_of
-from serving.exports import check_export, write_export
-from serving.inputs import list_files
-from serving.parts import INPUTS, LISTED, Output, room_on_disk, write_list
+from serving.jobs.config import BatchConfig
+from serving.jobs.exports import check_export, write_export
+from serving.jobs.inputs import list_files
+from serving.jobs.parts import INPUTS, LISTED, Output, room_on_disk, write_list
+from serving.jobs.report import check_labels, check_truth, write_report
+from serving.jobs.worker import BatchWorker, Decoder, Lister, WorkerModel, result_of
 from serving.predictor import create_predictor
-from serving.providers import ON_GPU
 from serving.ray_start import start_ray
 from serving.runtime import OnnxModel
+from serving.sessions.providers import ON_GPU
 
 BATCHES_A_CHUNK = 8  # at most: enough to hide Ray's cost of a task, few enough for the progress bar to move
 DECODED_BATCHES_A_CHUNK = 2  # of decode=tasks, whose chunks carry pixels

@@ -13,9 +13,9 @@ import httpx
 
 from backbones.errors import InputError
 from serving import calls
+from serving.api.schemas import ClassifyAnswer, DetectAnswer
 from serving.artifact import KEY, Artifact, from_metadata
 from serving.calls import Failure, Image, OnError, ServerError, Version
-from serving.schemas import ClassifyAnswer, DetectAnswer
 
 
 class _Settings:

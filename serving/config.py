@@ -7,9 +7,9 @@ from typing_extensions import Self
 
 from backbones.errors import InputError
 from backbones.schema import Section
-from serving.access_log import LOG_VARIABLE
-from serving.keys import KEYS_VARIABLE, LIMIT_VARIABLE, RateLimit
-from serving.providers import ON_GPU, Provider, check_gpu_options
+from serving.ingress.access_log import LOG_VARIABLE
+from serving.ingress.keys import KEYS_VARIABLE, LIMIT_VARIABLE, RateLimit
+from serving.sessions.providers import ON_GPU, Provider, check_gpu_options
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 

@@ -11,9 +11,9 @@ from typing import Any
 from ray import serve
 
 from backbones.errors import InputError
-from serving.applications import application_names, build
 from serving.config import ServedModel, ServingConfig, refuse_files
-from serving.grpc_service import FRONT, grpc_options
+from serving.service.applications import application_names, build
+from serving.service.grpc_service import FRONT, grpc_options
 
 _OF_THE_SERVER = {"host", "port", "grpc_port", "start_timeout_s"}  # not of an application
 

@@ -26,14 +26,14 @@ from detection.coco_eval import to_results
 from detection.config import DetectorConfig
 from detection.evaluate import summary as detector_summary
 from detection.spec import canonical_name, is_detector
+from serving.api.schemas import parse_classify, parse_detect
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
-from serving.batch_worker import local_file, predict_files
 from serving.calls import ServerError
 from serving.client import Client
+from serving.jobs.results import TOP_K, Row, read_results
+from serving.jobs.worker import local_file, predict_files
 from serving.predictor import Classification, Detections, create_predictor
-from serving.results import TOP_K, Row, read_results
 from serving.runtime import OnnxModel, Provider
-from serving.schemas import parse_classify, parse_detect
 
 BATCH_SIZE = 8
 CONNECTIONS = 8

@@ -36,7 +36,7 @@ from detection.spec import checked
 from detection.weights import load_detector
 from serving import selftest
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact, Parity, write_artifact
-from serving.half import to_half
+from serving.graph.half import to_half
 from serving.parity import compare_classifier, compare_detector, pictures
 from serving.runtime import OnnxModel
 

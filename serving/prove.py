@@ -27,18 +27,18 @@ from backbones.cspnet import get_variant
 from backbones.errors import InputError
 from backbones.files import check_writable, versions, write_aside, write_json
 from backbones.weights import resolve
-from serving.agreement import Agreement, Bond, Disagreement, parting
 from serving.artifact import Artifact
 from serving.batch import run_batch
-from serving.batch_config import BatchConfig, BatchModel
-from serving.checkpoint import CheckpointSource
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.evaluate import BATCH_SIZE, ArtifactSource, EndpointSource, Source, run_eval
 from serving.export import run_export
-from serving.memory import PeakMemory
+from serving.jobs.config import BatchConfig, BatchModel
+from serving.jobs.results import Row, iter_rows, to_row, to_table
+from serving.proof.agreement import Agreement, Bond, Disagreement, parting
+from serving.proof.checkpoint import CheckpointSource
+from serving.proof.memory import PeakMemory
 from serving.quantize import run_quantize
-from serving.results import Row, iter_rows, to_row, to_table
 from serving.serve import start
 
 METRICS = {"classification": "top1", "detection": "AP50"}

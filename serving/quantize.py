@@ -23,10 +23,10 @@ from detection.coco import read_coco
 from detection.config import DetectorConfig
 from serving import selftest
 from serving.artifact import Artifact, ClassifierArtifact, Parity, Quantization, read_whole, write_artifact
-from serving.calibrate import METHODS, Method, Ranges, measure_ranges
 from serving.evaluate import ArtifactSource, run_eval
+from serving.graph.calibrate import METHODS, Method, Ranges, measure_ranges
+from serving.graph.qdq import activations, exclusions, products, quantize
 from serving.predictor import Predictor
-from serving.qdq import activations, exclusions, products, quantize
 from serving.runtime import OnnxModel
 
 BATCH_SIZES = (1, 8)  # that speed is measured at

@@ -15,16 +15,16 @@ import detection.train
 from backbones.config import ClassifierConfig, load_config
 from backbones.files import list_images, write_json
 from detection.config import DetectorConfig
-from serving.agreement import Disagreement
+from serving.api.schemas import parse_detect
 from serving.artifact import DetectorArtifact
 from serving.batch import run_batch
-from serving.batch_config import BatchConfig
 from serving.client import Client
 from serving.config import ServingConfig
 from serving.evaluate import ArtifactSource, EndpointSource, ResultsSource, Source, run_eval
 from serving.export import run_export
+from serving.jobs.config import BatchConfig
+from serving.proof.agreement import Disagreement
 from serving.report import annotate, curves, write_page
-from serving.schemas import parse_detect
 from serving.serve import start
 from serving.shapes import draw_classification, draw_detection
 

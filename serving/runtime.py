@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from backbones.errors import InputError
 from serving.artifact import Artifact, ClassifierArtifact, read_whole
-from serving.ort_session import OrtSession
-from serving.providers import ON_GPU, Provider, check_gpu_options, driver_problem, missing, usable_cores
+from serving.sessions.ort import OrtSession
+from serving.sessions.providers import ON_GPU, Provider, check_gpu_options, driver_problem, missing, usable_cores
 
 __all__ = ["OnnxModel", "Provider", "usable_cores"]
 _LOG = logging.getLogger(__name__)
@@ -131,6 +131,6 @@ def _best(open_session: Callable[[Provider], _Session], sample: Mapping[str, npt
 def _openvino(path: Path, content: bytes, sha256: str, threads: int, cache: bool) -> _Session:
     if reason := missing("openvino"):
         raise InputError(f"asked for openvino, but {reason}; or ask for cpu")
-    from serving.openvino_session import OpenVinoSession  # the package is optional
+    from serving.sessions.openvino import OpenVinoSession  # the package is optional
 
     return OpenVinoSession(path, content, sha256, threads, cache)

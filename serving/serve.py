@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 import httpx
 
 from backbones.errors import InputError
-from serving import environment
-from serving.access_log import check_log
 from serving.client import Client
 from serving.config import ServingConfig, refuse_files
-from serving.grpc_ingress import write_frontend
-from serving.grpc_service import grpc_options
-from serving.ingress import PROGRAM, Ingress
-from serving.keys import read_keys
+from serving.ingress.access_log import check_log
+from serving.ingress.grpc import write_frontend
+from serving.ingress.keys import read_keys
+from serving.ingress.listener import PROGRAM, Ingress
 from serving.ray_start import start_ray
+from serving.service import environment
+from serving.service.grpc_service import grpc_options
 
 if TYPE_CHECKING:
-    from serving.applications import ServedApplication
+    from serving.service.applications import ServedApplication
 
 POLL_S = 0.1
 ROOM = 2  # times the CPUs that a config's replicas reserve: new ones start beside the old
@@ -54,8 +54,8 @@ class RunningService:
             InputError: an artefact or a value that cannot be served, or replicas that do not start; what ran before
                 goes on.
         """
-        from serving.applications import build
-        from serving.rollout import check_unchanged, roll_out
+        from serving.service.applications import build
+        from serving.service.rollout import check_unchanged, roll_out
 
         began = self._began_with
         grpc_port = began.grpc_port if config.grpc_port == 0 else config.grpc_port
@@ -159,8 +159,8 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         # Not before the environment is set, since Ray's constants are read as it is imported.
         import ray
 
-        from serving.applications import build
-        from serving.rollout import deploy
+        from serving.service.applications import build
+        from serving.service.rollout import deploy
 
         applications = build(config)
         if ray.is_initialized():
@@ -258,7 +258,7 @@ def _start_serve(config: ServingConfig, grpc_port: int | None) -> None:
     from ray import serve
     from ray.exceptions import RayError
 
-    from serving.rollout import quiet
+    from serving.service.rollout import quiet
 
     options = {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s}
     grpc = None if grpc_port is None else grpc_options(grpc_port, config.request_timeout_s)
@@ -271,7 +271,7 @@ def _start_serve(config: ServingConfig, grpc_port: int | None) -> None:
 
 def _wait_until_answering(url: str, key: str | None, config: ServingConfig, deadline: float) -> None:
     """The ingress learns its routes a moment after the replicas are ready."""
-    from serving.rollout import too_slow
+    from serving.service.rollout import too_slow
 
     paths = ["/v2/health/ready", *(f"/v2/models/{model.name}" for model in config.models)]
     headers = {"X-API-Key": key} if key else {}

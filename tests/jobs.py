@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from serving.batch_config import BatchConfig
+from serving.jobs.config import BatchConfig
 
 
 def job(model: Path | dict[str, Path], source: object, output: object, **values: Any) -> BatchConfig:

@@ -7,8 +7,8 @@ from backbones.config import ClassifierConfig, ClassifierTraining, load_config
 from backbones.errors import InputError
 from backbones.published import protocol
 from detection.config import DetectorConfig
-from serving.batch_config import BatchConfig
 from serving.config import ServingConfig
+from serving.jobs.config import BatchConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))

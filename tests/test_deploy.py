@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from backbones.config import load_config
 from serving.config import ServedModel, ServedVersion, ServingConfig
-from serving.environment import COMMON, FAST
+from serving.service.environment import COMMON, FAST
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/serving/cluster.yaml"
@@ -155,7 +155,7 @@ def test_grpc_is_on_if_the_config_has_its_port(read_by_ray):
     assert "grpc_options" not in read_by_ray["made"]
     assert read_by_ray["called"] == {
         "port": 8001,
-        "grpc_servicer_functions": ["serving.grpc_service:add_to_server"],
+        "grpc_servicer_functions": ["serving.service.grpc_service:add_to_server"],
         "request_timeout_s": 31,  # a second above the longest of the models
         "enable_reflection": False,
     }
@@ -375,7 +375,7 @@ def test_the_health_check_asks_whether_all_models_are_ready(status, code):
 def test_the_dashboard_shows_what_is_measured():
     dashboard = json.loads((ROOT / "deploy/grafana.json").read_text())
     measured = set()
-    for kind, name in re.findall(r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', (ROOT / "serving/metrics.py").read_text()):
+    for kind, name in re.findall(r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', (ROOT / "serving/service/metrics.py").read_text()):
         endings = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}[kind]
         measured |= {f"ray_{name}{ending}" for ending in endings}
     shown = {

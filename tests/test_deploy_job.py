@@ -11,7 +11,7 @@ from pydantic import Field
 from test_deploy import READ_BY_RAY, ROOT, Cluster, Strict, container, in_new_process
 
 from backbones.config import load_config
-from serving.batch_config import BatchConfig
+from serving.jobs.config import BatchConfig
 
 CONFIG = ROOT / "configs/batch/cluster.yaml"
 NODES = "import contextlib" + READ_BY_RAY.partition("import contextlib")[2].partition("with contextlib")[0]

@@ -9,14 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("backbones", "detection", "serving")  # each may import from those before it
-WITHOUT_TORCH = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))
+WITHOUT_TORCH = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))
                  if "no torch" in (ast.get_docstring(ast.parse(path.read_text())) or "")]  # fmt: skip
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_go_one_way(package):
     above = PACKAGES[PACKAGES.index(package) + 1 :]
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -25,11 +25,12 @@ def test_imports_go_one_way(package):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_hold_a_docstring_only(package):
-    assert len(ast.parse((ROOT / package / "__init__.py").read_text()).body) == 1
+    for path in (ROOT / package).rglob("__init__.py"):
+        assert len(ast.parse(path.read_text()).body) == 1, path
 
 
 def test_what_a_replica_or_worker_needs_starts_without_torch():
-    names = [f"{path.parent.name}.{path.stem}" for path in WITHOUT_TORCH]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in WITHOUT_TORCH]
     assert {"serving.predictor", "serving.app", "serving.batch", "serving.client", "backbones.preprocess"} <= set(names)
     code = f"import importlib, sys; [importlib.import_module(n) for n in {names}]; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

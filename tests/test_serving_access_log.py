@@ -17,9 +17,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from backbones.errors import InputError
-from serving import access_log
-from serving.access_log import LogFile, RequestLog
-from serving.keys import ApiKeys, KeyFile
+from serving.ingress import access_log
+from serving.ingress.access_log import LogFile, RequestLog
+from serving.ingress.keys import ApiKeys, KeyFile
 
 KEY = "ann-0123456789abc"
 CLASSIFY = "/v2/models/m/classify"
@@ -173,7 +173,7 @@ def test_a_slow_disk_costs_lines_not_memory(path: Path, monkeypatch: pytest.Monk
 
 WRITER = """
 import sys
-from serving.access_log import Entry, LogFile
+from serving.ingress.access_log import Entry, LogFile
 log = LogFile(sys.argv[1])
 for i in range(3000):
     log.add(Entry(0.0, f"{sys.argv[2]}-{i}", "POST", "/" + "x" * (i % 300)))

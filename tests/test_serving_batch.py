@@ -29,10 +29,10 @@ from serving import batch
 from serving.__main__ import main
 from serving.artifact import read_whole, write_artifact
 from serving.batch import run_batch
-from serving.batch_config import BatchConfig
+from serving.jobs.config import BatchConfig
+from serving.jobs.results import Row, read_results, to_table
 from serving.predictor import Classification, Detections, create_predictor
 from serving.ray_start import start_ray
-from serving.results import Row, read_results, to_table
 from serving.runtime import OnnxModel
 
 ROOT = Path(__file__).parents[1]

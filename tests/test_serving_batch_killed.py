@@ -16,8 +16,8 @@ import pytest
 from artifacts import picture, write_classifier
 from PIL import Image
 
+from serving.jobs.results import read_results
 from serving.predictor import create_predictor
-from serving.results import read_results
 from serving.runtime import OnnxModel
 
 ROOT = Path(__file__).parents[1]

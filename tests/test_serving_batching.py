@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from serving.batching import BatchQueue
+from serving.service.batching import BatchQueue
 
 
 class Gate:

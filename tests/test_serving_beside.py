@@ -15,14 +15,14 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from backbones.preprocess import ClassifierPreprocess, ImageError
-from serving import beside
+from serving.api.protocol import Refusal
 from serving.app import ModelReplica
 from serving.artifact import Artifact, read_artifact
-from serving.beside import Classifiers
 from serving.predictor import Classifier, create_predictor
-from serving.protocol import Refusal
 from serving.runtime import OnnxModel
-from serving.versions import Route
+from serving.service import beside
+from serving.service.beside import Classifiers
+from serving.service.versions import Route
 
 
 def method(answer: Callable[..., Any]) -> Any:

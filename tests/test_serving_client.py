@@ -17,9 +17,9 @@ import pytest
 from backbones.errors import InputError
 from backbones.preprocess import ImageError
 from serving import calls
+from serving.api.schemas import ClassifyAnswer
 from serving.calls import ServerError
 from serving.client import AsyncClient, Client
-from serving.schemas import ClassifyAnswer
 
 OK: ClassifyAnswer = {"model": "colours", "predictions": []}
 NOBODY = "http://127.0.0.1:9"

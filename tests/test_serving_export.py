@@ -16,7 +16,7 @@ import serving.export
 from backbones.cspnet import create_model
 from backbones.errors import InputError
 from serving.export import OPSET, run_export, without_paths
-from serving.half import to_half
+from serving.graph.half import to_half
 from serving.runtime import OnnxModel
 
 FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn")

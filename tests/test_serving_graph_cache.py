@@ -15,10 +15,10 @@ from artifacts import write_classifier, write_detector
 from runtimes import NO_OPENVINO, ON_CPU, assert_equal, pixels
 
 from backbones.errors import InputError
-from serving import graph_cache
 from serving.artifact import read_whole, write_artifact
-from serving.providers import Provider
 from serving.runtime import OnnxModel
+from serving.sessions import graph_cache
+from serving.sessions.providers import Provider
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("own_caches")

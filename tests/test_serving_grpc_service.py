@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
+from serving.api.oip_grpc import MESSAGES
 from serving.config import ServedModel, ServingConfig
-from serving.environment import find_haproxy
-from serving.grpc_ingress import write_frontend
-from serving.grpc_service import add_to_server
-from serving.oip_grpc import MESSAGES
+from serving.ingress.grpc import write_frontend
+from serving.service.environment import find_haproxy
+from serving.service.grpc_service import add_to_server
 
 SERVICE = "/inference.GRPCInferenceService"
 KEY = "a-key-of-some-length"

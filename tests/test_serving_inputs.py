@@ -13,8 +13,8 @@ from artifacts import picture
 from backbones.errors import InputError
 from backbones.files import write_json
 from backbones.preprocess import ImageError
-from serving.inputs import File, list_files
-from serving.parts import GROUP, read_list, write_list
+from serving.jobs.inputs import File, list_files
+from serving.jobs.parts import GROUP, read_list, write_list
 
 NAMES = ["a/1.jpg", "a/b c/2?.PNG", "z%20.jpg", "ä.jpg"]
 

@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from backbones.errors import InputError
-from serving import keys
-from serving.keys import ApiKeys, KeyFile, RateLimit, from_environment, read_keys
+from serving.ingress import keys
+from serving.ingress.keys import ApiKeys, KeyFile, RateLimit, from_environment, read_keys
 
 ANN, BOB, BOBS_NEXT = "ann-0123456789abc", "bob:#0123456789abc", "bob-9876543210fed"
 FILE = f"# who may ask\n\nann:{ANN}\n  bob:{BOB}  \n"

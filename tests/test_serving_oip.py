@@ -9,10 +9,10 @@ import pytest
 from artifacts import write_classifier, write_detector
 
 from backbones.errors import InputError
-from serving import oip, oip_json
+from serving.api import oip, oip_json
+from serving.api.schemas import detect_answer
 from serving.artifact import Artifact, DetectorArtifact, read_artifact
 from serving.predictor import Classification, Detections
-from serving.schemas import detect_answer
 
 JPEG = b"\xff\xd8 not decoded here"
 PIXELS = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)

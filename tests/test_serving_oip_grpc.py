@@ -9,7 +9,7 @@ from artifacts import write_classifier, write_detector
 from tritonclient.grpc import service_pb2
 
 from backbones.errors import InputError
-from serving import oip, oip_grpc, oip_json
+from serving.api import oip, oip_grpc, oip_json
 from serving.artifact import Artifact, read_artifact
 from serving.predictor import Classification, Detections
 

@@ -3,7 +3,7 @@
 import json
 import re
 
-from serving.openapi import document, page
+from serving.api.openapi import document, page
 
 SAID = document("1.2.3")
 

@@ -22,7 +22,7 @@ from pycocotools import mask as coco_masks
 
 from backbones.preprocess import ClassifierPreprocess
 from detection.masks import encode
-from serving import schemas
+from serving.api import schemas
 from serving.artifact import ClassifierArtifact, DetectorArtifact, Parity
 from serving.predictor import Classification, Detections
 

@@ -14,14 +14,14 @@ from PIL import Image
 
 from backbones.errors import InputError
 from detection.masks import PastedMasks, decode
-from serving.applications import check_artifact
+from serving.api.schemas import detect_answer, parse_detect
 from serving.artifact import DetectorArtifact
 from serving.batch import run_batch
 from serving.evaluate import ArtifactSource
+from serving.jobs.results import Row, read_results, to_table
 from serving.predictor import Detections, Detector, create_predictor
-from serving.results import Row, read_results, to_table
 from serving.runtime import OnnxModel
-from serving.schemas import detect_answer, parse_detect
+from serving.service.applications import check_artifact
 
 H, W = 200, 300
 

@@ -16,12 +16,12 @@ from PIL import Image
 from backbones import preprocess
 from backbones.errors import InputError
 from serving import prove
-from serving.agreement import Agreement, Bond, Disagreement, parting
 from serving.evaluate import ArtifactSource
-from serving.memory import PeakMemory
+from serving.jobs.results import Row
 from serving.predictor import Classification, Detections
+from serving.proof.agreement import Agreement, Bond, Disagreement, parting
+from serving.proof.memory import PeakMemory
 from serving.prove import ARTIFACT, BATCH, CHECKPOINT, ENDPOINT, INT8, run_prove
-from serving.results import Row
 from serving.shapes import draw_classification
 
 WRITERS = {"classification": write_classifier, "detection": write_detector}

@@ -20,9 +20,9 @@ from backbones.errors import InputError
 from backbones.files import write_json
 from serving.__main__ import main
 from serving.artifact import read_artifact, read_whole, write_artifact
-from serving.calibrate import METHODS, measure_ranges
 from serving.evaluate import ArtifactSource, run_eval
-from serving.qdq import HEADS, activations, chains, exclusions, products, quantize
+from serving.graph.calibrate import METHODS, measure_ranges
+from serving.graph.qdq import HEADS, activations, chains, exclusions, products, quantize
 from serving.quantize import Candidate, calibration_images, choose, problem, run_quantize, speedup
 from serving.runtime import OnnxModel
 from serving.selftest import check

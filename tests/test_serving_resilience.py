@@ -21,12 +21,12 @@ from artifacts import COLOURS, picture, write_classifier, write_detector
 from benchmarks import clients, hostile
 from benchmarks.clients import Question
 from benchmarks.processes import Process, memory_mb, tree
+from serving.api.schemas import classify_answer, detect_answer
 from serving.config import ServedModel, ServingConfig
-from serving.environment import find_haproxy, free_port
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
-from serving.schemas import classify_answer, detect_answer
 from serving.serve import start
+from serving.service.environment import find_haproxy, free_port
 
 BARE, WITH_RETRIES = 6, 3  # clients
 RECOVERED_S = 60  # on a machine that does much else; benchmarks/stress.py asks for 15

@@ -27,7 +27,7 @@ from serving.artifact import read_whole, write_artifact
 from serving.client import Client
 from serving.config import ServedModel, ServedVersion, ServingConfig
 from serving.serve import RunningService, start
-from serving.versions import HEADER
+from serving.service.versions import HEADER
 
 WEIGHTS = {"1": 0.75, "2": 0.25}
 ASKED = 400  # requests over which shares are counted

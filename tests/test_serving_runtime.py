@@ -20,13 +20,13 @@ from onnx import helper, numpy_helper
 from runtimes import NO_OPENVINO, ON_CPU, assert_equal, pixels
 
 from backbones.errors import InputError
-from serving import providers
 from serving.artifact import read_whole, write_artifact
 from serving.batch import run_batch
 from serving.config import ServedModel
-from serving.ort_session import CudaGraphs
-from serving.providers import NAMES, PROVIDERS, Provider, driver_problem
 from serving.runtime import OnnxModel
+from serving.sessions import providers
+from serving.sessions.ort import CudaGraphs
+from serving.sessions.providers import NAMES, PROVIDERS, Provider, driver_problem
 
 Exported = Callable[..., Path]
 Arrays = dict[str, np.ndarray[Any, Any]]

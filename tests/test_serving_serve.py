@@ -15,9 +15,9 @@ from backbones.config import load_config
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
-from serving.environment import find_haproxy
-from serving.rollout import reason
 from serving.serve import start
+from serving.service.environment import find_haproxy
+from serving.service.rollout import reason
 
 CONFIG = Path(__file__).parent.parent / "configs/serving/local.yaml"
 

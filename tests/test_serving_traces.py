@@ -18,9 +18,9 @@ from opentelemetry.trace import StatusCode
 from starlette.requests import Request
 
 from backbones.errors import InputError
-from serving import traces
-from serving.batching import BatchQueue
-from serving.traces import ASKED_BY, Traces
+from serving.service import traces
+from serving.service.batching import BatchQueue
+from serving.service.traces import ASKED_BY, Traces
 
 
 def request(**headers: str) -> Request:
@@ -77,7 +77,7 @@ def test_without_traces_nothing_is_noted_or_imported(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     asyncio.run(serve(traces.from_environment(), 200))
     assert traces._stages.get() is None
-    code = "import sys; from serving import traces; traces.from_environment(); sys.exit('opentelemetry' in sys.modules)"
+    code = "import sys; from serving.service import traces; traces.from_environment(); sys.exit('opentelemetry' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

@@ -12,8 +12,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from serving.protocol import respond
-from serving.uploads import read_upload
+from serving.api.protocol import respond
+from serving.api.uploads import read_upload
 
 LIMIT = 10_000
 

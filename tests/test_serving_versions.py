@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from ray.serve.exceptions import RayServeException
 
-from serving.protocol import Refusal
-from serving.versions import MOST_COPIES, Handed, Route, Versions, read_path
+from serving.api.protocol import Refusal
+from serving.service.versions import MOST_COPIES, Handed, Route, Versions, read_path
 
 ROUTES = [Route("1", "m", 3), Route("2", "m@2", 1), Route("3", "m@3", 0, shadow=0.5)]
 PATHS = {"": "/v2/models/m/classify", "2": "/v2/models/m/versions/2/classify"}

@@ -1,0 +1,1 @@
+"""What stands in front of the replicas: the port, HAProxy, API keys and the access log."""

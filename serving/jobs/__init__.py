@@ -1,0 +1,1 @@
+"""What a batch job is made of: its config, inputs, workers, parts and report."""

@@ -1,0 +1,1 @@
+"""What `prove` compares: places, their answers and their memory."""
