@@ -58,6 +58,14 @@ def excite(model: Detector, images: list[Tensor]) -> None:
         model.score_thresh = 0.5
 
 
+def ratio(turns: dict[str, Any], other: str) -> str:
+    """The first's speed over another's with the spread, of what `take_turns` gave; a dash for who was not there."""
+    if other not in turns["ours_over"]:
+        return "–"
+    low, high = turns["spread"][other]
+    return f"{turns['ours_over'][other]:.2f} ({low:.2f}…{high:.2f})"
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     head = list(head)
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

@@ -1,4 +1,4 @@
-"""Artefacts against PyTorch and OpenVINO, and INT8 against float, on this machine's CPU.
+"""Artefacts against PyTorch, OpenVINO and plain conversions, and INT8 against float, on this machine's CPU.
 
     python -m benchmarks.export [--models cspresnet50 …] [--batch-sizes 1 8] [--rounds 5] [--json FILE]
 
@@ -9,6 +9,10 @@ forward, and their compiled form is `detection.batched`, which can be compiled. 
 objects, and INT8 is of every operator that `serving quantize` may take. The limit is the arithmetic: the last column
 is the artefact's share of the GFLOP/s that a large matrix product reached in the same run. A second table says which
 operators the artefact's time goes to, by onnxruntime's profile.
+
+"plain ONNX" is the same network, or torchvision's detector, as torch.onnx.export takes it at batch 1, in onnxruntime;
+"plain OpenVINO" as openvino.convert_model takes it. They get the pixels as floats, which their turns make. A third
+table says how each conversion went, and where there is none, why. Those of detectors take minutes at batch 8.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +34,15 @@ from torch import Tensor, nn
 
 from backbones.cli import at_least
 from backbones.cspnet import create_model
+from backbones.engine import normalize
 from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.labels import class_names
 from backbones.preprocess import DetectorPreprocess
 from backbones.published import protocol
 from backbones.weights import save_weights
-from benchmarks.contest import excite, table, take_turns
+from benchmarks import plain
+from benchmarks.contest import excite, ratio, table, take_turns
 from detection.batched import BatchedDetector
 from detection.models import create_detector
 from detection.spec import is_detector
@@ -62,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=(1, 8))
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--no-plain", action="store_true", help="leave the plain conversions out")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(usable_cores())
@@ -96,7 +104,7 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, pixels = random_detector(name, weights) if detector else random_classifier(name, weights)
     start = time.perf_counter()
     said = run_export(str(weights), artifact)
-    figures: dict[str, Any] = {"export_s": time.perf_counter() - start, "gmacs": said.gmacs, "batches": {}}
+    figures: dict[str, Any] = {"export_s": time.perf_counter() - start, "gmacs": said.gmacs, "batches": {}, "plain": []}
     sample = {"images": pixels.numpy()} | ({"sizes": np.array([CANVAS])} if detector else {})
     int8 = quantized(artifact, sample)
     figures["operators"] = {title: shares(path, sample) for title, path in (("float", artifact), ("INT8", int8))}
@@ -110,6 +118,10 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         inputs = {key: np.repeat(value, size, axis=0) for key, value in sample.items()}
         contestants = {key: in_session(session, inputs) for key, session in sessions.items()}
         contestants |= detectors(model, images, args) if detector else classifiers(model, images, args)
+        if not args.no_plain:
+            entries, rows = plain.conversions(*unexported(model), images, folder / "plain.onnx")
+            contestants |= entries
+            figures["plain"] += rows
         figures["batches"][size] = take_turns(contestants, args.rounds)
     return figures
 
@@ -172,6 +184,13 @@ def as_list(images: Tensor) -> list[Tensor]:
     return [image.permute(2, 0, 1).float() / 255 for image in images]
 
 
+def unexported(model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The network without what an export adds, and uint8 [N, H, W, 3] as it takes them, float [N, 3, H, W]."""
+    if isinstance(model, ExportedClassifier):
+        return model.model, partial(normalize, preprocess=model.preprocess)
+    return model, lambda images: torch.stack(as_list(images))
+
+
 def in_session(session: OnnxModel, inputs: dict[str, Any]) -> Work:
     def work() -> int:
         session.run(**inputs)
@@ -205,30 +224,39 @@ def compiled(model: nn.Module, inputs: tuple[Tensor, ...], args: argparse.Namesp
     if args.no_compile:
         return {}
     torch._dynamo.reset()
-    with torch._inductor.config.patch(freezing=True), torch.no_grad():
-        forward = torch.compile(model, dynamic=False)
+    return {"compiled": in_torch(compile_frozen(model, *inputs), *inputs)}
+
+
+def compile_frozen(model: nn.Module, *inputs: Tensor) -> Callable[..., object]:
+    """By torch.compile for inputs of this shape, with the weights frozen into the code."""
+    several = torch._dynamo.config.patch(recompile_limit=64)  # else the ninth of one class would run as it is
+    with torch._inductor.config.patch(freezing=True), several, torch.no_grad():
+        forward: Callable[..., object] = torch.compile(model, dynamic=False)
         forward(*inputs)
-    return {"compiled": in_torch(forward, *inputs)}
+    return forward
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The speed of the artefact over each other contestant's, with the spread; below it, where the time goes."""
-    others = list(next(iter(next(iter(result["models"].values()))["batches"].values()))["ours_over"])
+    """The speed of the artefact over each other contestant's, with the spread; below it, where the time goes, and how
+    the plain conversions went.
+    """
+    batches = [turns for figures in result["models"].values() for turns in figures["batches"].values()]
+    others = list(dict.fromkeys(name for turns in batches for name in turns["ours_over"]))
     head = ["model", "batch", "images/s", *(f"/ {name}" for name in others), "of the matrix product"]
     lines = []
     for name, figures in result["models"].items():
         for size, turns in figures["batches"].items():
             speed = turns["images_per_s"]["onnxruntime"]
-            spreads = {other: turns["spread"][other] for other in others}
-            ratios = [f"{turns['ours_over'][o]:.2f} ({low:.2f}…{high:.2f})" for o, (low, high) in spreads.items()]
             share = 2 * figures["gmacs"] * speed / result["gflops"]
-            lines.append([name, str(size), f"{speed:.2f}", *ratios, f"{share:.0%}"])
+            lines.append([name, str(size), f"{speed:.2f}", *(ratio(turns, other) for other in others), f"{share:.0%}"])
     operators = [
         [name, precision, ", ".join(f"{kind} {share:.0%}" for kind, share in list(found.items())[:SHOWN])]
         for name, figures in result["models"].items()
         for precision, found in figures["operators"].items()
     ]
-    return "\n".join([*table(head, lines), "", *table(["model", "precision", "time in operators"], operators)])
+    converted = [(name, row) for name, figures in result["models"].items() for row in figures["plain"]]
+    below = ["", *plain.markdown(converted)] if converted else []
+    return "\n".join([*table(head, lines), "", *table(["model", "precision", "time in operators"], operators), *below])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import export
-from benchmarks.contest import take_turns
+from benchmarks.contest import ratio, take_turns
 
 
 def test_ratios_are_of_the_firsts_speed():
@@ -18,6 +18,8 @@ def test_ratios_are_of_the_firsts_speed():
     assert turns["images_per_s"]["theirs"] < 4 / 0.02
     low, high = turns["spread"]["theirs"]
     assert low <= turns["ours_over"]["theirs"] <= high
+    assert ratio(turns, "theirs").startswith(f"{turns['ours_over']['theirs']:.2f} (")
+    assert ratio(turns, "absent") == "–"
 
 
 def test_pytorch_has_its_weights_channels_last(tmp_path):
@@ -37,7 +39,7 @@ def test_pytorch_has_its_weights_channels_last(tmp_path):
 
 @pytest.mark.slow
 def test_a_table_of_a_small_classifier(tmp_path, capsys):
-    arguments = ["--models", "cspresnet10", "--batch-sizes", "2", "--rounds", "1", "--no-compile"]
+    arguments = ["--models", "cspresnet10", "--batch-sizes", "2", "--rounds", "1", "--no-compile", "--no-plain"]
     export.main([*arguments, "--json", str(tmp_path / "x.json")])
     model = json.loads((tmp_path / "x.json").read_text())["models"]["cspresnet10"]
     figures = model["batches"]["2"]

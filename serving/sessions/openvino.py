@@ -23,28 +23,34 @@ def _core() -> Any:
     return ov.Core()
 
 
+def compile_model(model: Any, threads: int) -> Any:
+    """What OpenVINO's `read_model` or `convert_model` gave, or the path of a file, for the CPU."""
+    return _core().compile_model(model, "CPU", _config(threads))
+
+
+def _config(threads: int) -> dict[str, Any]:
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 otherwise, where the CPU has it
+        "INFERENCE_NUM_THREADS": threads,
+        # Else it takes over the mode of the thread that calls. Where onnxruntime or PyTorch have set that to
+        # denormals are zero, small integers, moved as if they were floats, become 0: labels, for one.
+        "CPU_DENORMALS_OPTIMIZATION": False,
+    }
+
+
 class OpenVinoSession:
     """One compiled model for all shapes; each thread that runs it gets a request of its own."""
 
     def __init__(self, path: Path, content: bytes, sha256: str, threads: int, cache: bool):
-        core = _core()
-        config = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",  # bfloat16 otherwise, where the CPU has it
-            "INFERENCE_NUM_THREADS": threads,
-            # Else it takes over the mode of the thread that calls. Where onnxruntime or PyTorch have set that to
-            # denormals are zero, small integers, moved as if they were floats, become 0: labels, for one.
-            "CPU_DENORMALS_OPTIMIZATION": False,
-        }
-
         def load(entry: Path) -> Any:
             with _one_line(entry, "imports"):
                 self._mapped = np.memmap(entry, np.uint8, "c")  # the model's weights stay there; "r" is refused
-                return core.import_model(ov.Tensor(self._mapped, shared_memory=True), "CPU", config)
+                return _core().import_model(ov.Tensor(self._mapped, shared_memory=True), "CPU", _config(threads))
 
         def make(aside: Path | None) -> Any:
             with _one_line(path, "compiles"):
-                model = core.compile_model(core.read_model(content), "CPU", config)
+                model = compile_model(_core().read_model(content), threads)
             if aside is not None:
                 aside.write_bytes(model.export_model().getbuffer())
             return model
