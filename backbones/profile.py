@@ -45,7 +45,7 @@ def profile(model: str, size: int) -> Profile:
 
 
 @torch.no_grad()
-def count(network: CSPNet, size: int) -> Profile:
+def count(network: nn.Module, size: int) -> Profile:
     """Cost of an image of `size` x `size` pixels in a network on the meta device."""
     macs = norms = activations = 0
 
