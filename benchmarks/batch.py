@@ -1,12 +1,14 @@
-"""The batch job beside the best bare onnxruntime loop over the same files, on this machine's CPU.
+"""The batch job beside onnxruntime loops without Ray over the same files, on this machine's CPU.
 
     python -m benchmarks.batch [--models cspresnet50 …] [--images 512] [--rounds 3] [--actors 1 2] [--json FILE]
 
 Side by side in one run: in every round the loop and the job have their turns on the same JPEG files, and the ratios
 are medians over the rounds. The loop is one process with an onnxruntime session of its own and no Ray: threads decode
 the next batches while one runs. It goes with batches of 1 and 8 and with 1 and 2 decoding threads; the job is held
-against the best of these. The job's speed is of its images after the first chunk: what comes before, the start of
-Ray and of the actors, does not grow with the images, and is stated in seconds. Two actors have half of the cores each.
+against the best of these, and against the best of PyTorch's DataLoader, whose workers decode for the same session in
+batches of 8. The job's speed is of its images after the first chunk: what comes before, the start of Ray and of the
+actors, or of the workers, does not grow with the images, and is stated in seconds. Two actors have half of the cores
+each.
 
 The stages are measured on the way: what one core needs to read, decode and resize an image; what all cores need to run
 it; what one core needs to write its row. docs/batch.md computes from these what a cluster does.
@@ -25,10 +27,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from backbones.cli import at_least
 from backbones.errors import exit_on_input_error
 from backbones.files import list_images, versions, write_json
+from benchmarks.contest import table
 from benchmarks.export import random_classifier, random_detector
 from detection.spec import is_detector
 from serving.artifact import Artifact, read_whole
@@ -48,6 +53,8 @@ MODELS = ("cspresnet50", "fcos_cspresnet50_fpn")
 SIZE = (500, 375)  # of the drawn files, pixels: ImageNet's mean
 BATCH = 8
 LOOPS = [(batch, decoders) for batch in (1, BATCH) for decoders in (1, 2)]
+WORKERS = (1, 2)  # of the DataLoader
+PEERS = ("loop", "DataLoader")  # how their names begin
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,28 +109,37 @@ def race(name: str, root: Path, args: argparse.Namespace) -> dict[str, Any]:
             speeds.setdefault(f"loop, batch {batch}, {decoders} decoding", []).append(
                 bare_loop(artifact, said, paths, batch, decoders)
             )
+        for workers in WORKERS:
+            key = f"DataLoader, {workers} worker{'s' if workers > 1 else ''}"
+            speed, start = data_loader(artifact, said, paths, workers)
+            speeds.setdefault(key, []).append(speed)
+            starts.setdefault(key, []).append(start)
         for decode, actors in jobs:
             key = f"job, {actors} actor{'s' if actors > 1 else ''}, decode in {decode}"
             speed, start = run_job(artifact, root, f"{name}-{turn}-{decode}-{actors}", decode, actors)
             speeds.setdefault(key, []).append(speed)
             starts.setdefault(key, []).append(start)
     medians = {key: statistics.median(values) for key, values in speeds.items()}
-    best = max((key for key in medians if key.startswith("loop")), key=lambda key: medians[key])
-    ratios = {key: [a / b for a, b in zip(values, speeds[best], strict=True)] for key, values in speeds.items()}
+    best, loader = (max((k for k in medians if k.startswith(kind)), key=medians.__getitem__) for kind in PEERS)
+    ratios = {key: over(values, speeds[best]) for key, values in speeds.items()}
     return {
-        "images_per_s": medians, "best_loop": best,
+        "images_per_s": medians, "best_loop": best, "best_loader": loader,
         "over_the_loop": {key: statistics.median(ratios[key]) for key in starts},
+        "over_the_loader": {key: statistics.median(over(speeds[key], speeds[loader])) for key in starts},
         "spread": {key: [min(ratios[key]), max(ratios[key])] for key in starts},
         "start_s": {key: statistics.median(values) for key, values in starts.items()},
         "stages_ms": stages(artifact, paths[: 8 * BATCH], root / f"{name}-stages"),
     }  # fmt: skip
 
 
+def over(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """The ratio of each round."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
 def bare_loop(path: Path, said: Artifact, paths: Sequence[Path], batch: int, decoders: int) -> float:
     """Images a second of a loop that keeps nothing but the outputs, after a first batch."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
 
     def batches(pool: ThreadPoolExecutor) -> Iterator[list[Any]]:
@@ -144,6 +160,47 @@ def bare_loop(path: Path, said: Artifact, paths: Sequence[Path], batch: int, dec
             else:
                 images += len(prepared)
         return images / (time.perf_counter() - start)
+
+
+class Prepared(Dataset[Any]):
+    """Images as the artefact's predictor takes them."""
+
+    def __init__(self, paths: Sequence[Path], said: Artifact):
+        self.paths, self.said = paths, said
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        return prepare(self.paths[index], self.said)
+
+
+def data_loader(path: Path, said: Artifact, paths: Sequence[Path], workers: int) -> tuple[float, float]:
+    """Images a second after the first batch, and seconds until that was run."""
+    predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
+
+    def collate(prepared: list[Any]) -> dict[str, torch.Tensor]:  # tensors travel in shared memory
+        return {name: torch.from_numpy(value) for name, value in predictor.inputs(prepared).items()}
+
+    began, start, images, kept = time.perf_counter(), 0.0, 0, []
+    session = open_session(path)
+    loader = DataLoader(
+        Prepared(paths, said), BATCH, num_workers=workers, collate_fn=collate, multiprocessing_context="fork"
+    )
+    for inputs in loader:
+        kept.append(session.run(None, {name: value.numpy() for name, value in inputs.items()}))
+        if not start:
+            start = time.perf_counter()
+        else:
+            images += len(inputs["images"])
+    return images / (time.perf_counter() - start), start - began
+
+
+def open_session(path: Path) -> Any:
+    """onnxruntime's own, on all cores."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def run_job(artifact: Path, root: Path, name: str, decode: str, actors: int) -> tuple[float, float]:
@@ -185,14 +242,17 @@ def timed(work: Any, rounds: int = 3) -> tuple[Any, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a job: the loop's speed, the job's, their ratio, and seconds to start."""
-    lines = ["| model | job | images/s | best loop | ratio | start, s |", "|---|---|---|---|---|---|"]
+    """A row a job and a DataLoader: their speed, how much of the best loop's and of the best DataLoader's that is, and
+    seconds to start.
+    """
+    rows = []
     for name, figures in result["models"].items():
-        loop = figures["images_per_s"][figures["best_loop"]]
         for key, ratio in figures["over_the_loop"].items():
-            speed, start = figures["images_per_s"][key], figures["start_s"][key]
-            lines.append(f"| {name} | {key[5:]} | {speed:.1f} | {loop:.1f} | {ratio:.2f} | {start:.1f} |")
-    return "\n".join(lines)
+            ratios = f"{ratio:.2f}", f"{figures['over_the_loader'][key]:.2f}"
+            rows.append([name, key, f"{figures['images_per_s'][key]:.1f}", *ratios, f"{figures['start_s'][key]:.1f}"])
+        best = figures["best_loop"]
+        rows.append([name, best, f"{figures['images_per_s'][best]:.1f}", "1", "–", "–"])
+    return "\n".join(table(["model", "", "images/s", "/ best loop", "/ best DataLoader", "start, s"], rows))
 
 
 if __name__ == "__main__":
