@@ -375,7 +375,9 @@ def test_the_health_check_asks_whether_all_models_are_ready(status, code):
 def test_the_dashboard_shows_what_is_measured():
     dashboard = json.loads((ROOT / "deploy/grafana.json").read_text())
     measured = set()
-    for kind, name in re.findall(r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', (ROOT / "serving/service/metrics.py").read_text()):
+    for kind, name in re.findall(
+        r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', (ROOT / "serving/service/metrics.py").read_text()
+    ):
         endings = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}[kind]
         measured |= {f"ray_{name}{ending}" for ending in endings}
     shown = {

@@ -68,9 +68,11 @@ class Endpoints:
             asked = await self._in_thread(parse, self.metadata)
         prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
         results = await asyncio.gather(*map(self.batches.submit, prepared))
-        return await self._in_thread(
-            self.metrics.call, "encode", render, asked, self.name, version, self.metadata, results
-        )
+
+        def answer() -> T:
+            return render(asked, self.name, version, oip.to_tensors(asked, self.metadata, results))
+
+        return await self._in_thread(self.metrics.call, "encode", answer)
 
     def _prepare(self, asked: oip.InferRequest, i: int) -> Any:
         try:
