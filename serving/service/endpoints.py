@@ -1,5 +1,5 @@
-"""What a model's paths do with a request's images, on one event loop: a plain class, which `app.py` puts on Ray; no
-torch here.
+"""What a model's paths do with a request's images, on one event loop: a plain class, which `serving.app` puts on Ray;
+no torch here.
 """
 
 import asyncio
