@@ -1,7 +1,7 @@
-"""A model's replicas on Ray Serve: a thin shell round `endpoints.py`; no torch here.
+"""A model's replicas on Ray Serve: a thin shell round `service/endpoints.py`; no torch here.
 
-Replicas of a model, or of each of its versions, decode and run, so that a body crosses one process. `applications.py`
-makes Ray's applications of them.
+Replicas of a model, or of each of its versions, decode and run, so that a body crosses one process.
+`service/applications.py` makes Ray's applications of them.
 """
 
 import asyncio
@@ -252,7 +252,7 @@ def _content(reply: Reply | None) -> bytes:
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray puts round every HTTP server of the service; `environment.py` names it to Ray."""
+    """What Ray puts round every HTTP server of the service; `service/environment.py` names it to Ray."""
     return [Middleware(JsonErrors), *keys.from_environment(), access_log.from_environment()]  # the last is outermost
 
 

@@ -4,7 +4,7 @@
     a task   tasks, or    a pool of   here, in the input's order
     here     in actors    actors
 
-Chunks of images go through in order, so that what is finished is always a beginning of the input: `serving/parts.py`
+Chunks of images go through in order, so that what is finished is always a beginning of the input: `jobs/parts.py`
 says how a job goes on. Ray Data bounds what waits between the stages; the list is read as it is needed.
 
 Ray Data's own checkpoints (2.60) would not do: they want an id that is unique among the rows, where a list may name an

@@ -93,8 +93,14 @@ class RayService(Strict):
 
 
 @pytest.fixture(scope="module")
-def service() -> RayService:
-    return RayService.model_validate(yaml.safe_load((ROOT / "deploy/rayservice.yaml").read_text()))
+def documents() -> tuple[RayService, dict[str, Any]]:
+    ray, grpc = yaml.safe_load_all((ROOT / "deploy/rayservice.yaml").read_text())
+    return RayService.model_validate(ray), grpc
+
+
+@pytest.fixture(scope="module")
+def service(documents: tuple[RayService, dict[str, Any]]) -> RayService:
+    return documents[0]
 
 
 def groups(service: RayService) -> list[Head | Workers]:
@@ -133,11 +139,10 @@ try:
     serve_config(load_config(ServingConfig, sys.argv[1], ["models.1.artifact=runs/a.onnx"]))
 except InputError as error:
     relative = str(error)
-called = serve_config(load_config(ServingConfig, sys.argv[1], ["grpc_port=8001"]))
-called = ServeDeploySchema.model_validate(called).grpc_options.model_dump(exclude_unset=True)
+silent = serve_config(load_config(ServingConfig, sys.argv[1], ["grpc_port=null"]))
 cluster = {"metadata": {"name": "a", "namespace": "b"}, "spec": json.loads(sys.argv[2])}
 nodes = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
-print(json.dumps({"made": made, "kept": kept, "relative": relative, "called": called, "nodes": nodes}))
+print(json.dumps({"made": made, "kept": kept, "relative": relative, "silent": silent, "nodes": nodes}))
 """
 
 
@@ -152,13 +157,26 @@ def test_serve_config_is_the_manifests_and_rays_schema_knows_every_key(service, 
 
 
 def test_grpc_is_on_if_the_config_has_its_port(read_by_ray):
-    assert "grpc_options" not in read_by_ray["made"]
-    assert read_by_ray["called"] == {
+    assert "grpc_options" not in read_by_ray["silent"]
+    assert read_by_ray["made"]["grpc_options"] == {
         "port": 8001,
         "grpc_servicer_functions": ["serving.service.grpc_service:add_to_server"],
         "request_timeout_s": 31,  # a second above the longest of the models
         "enable_reflection": False,
     }
+
+
+def test_grpc_reaches_every_pod_that_serves(documents):
+    service, grpc = documents
+    client.V1Service.model_validate(grpc, strict=True)
+    (port,) = grpc["spec"]["ports"]
+    assert port["port"] == load_config(ServingConfig, CONFIG).grpc_port
+    head, *workers = groups(service)
+    assert grpc["spec"]["selector"].items() <= workers[0].template["metadata"]["labels"].items()
+    assert "metadata" not in head.template  # it has no replica, and so no port
+    for group in workers:
+        assert group.template["metadata"] == workers[0].template["metadata"]
+        assert {"name": port["targetPort"], "containerPort": port["port"]} in container(group)["ports"]
 
 
 def test_an_artefact_has_one_path_on_every_node(read_by_ray):
@@ -334,7 +352,7 @@ def left_out(target: str) -> set[str]:
             key, value = rest.split("=", maxsplit=1)
             arguments[f"${key}"] = value.strip('"').split()
     command = next(shlex.split(rest) for word, rest in instructions(f"build-{target}") if "uv sync" in rest)
-    assert {"--locked", "--no-dev", "--no-editable"} <= set(command)
+    assert {"--locked", "--no-dev", "--no-editable", "--extra=otel"} <= set(command)
     flags = [flag for part in command for flag in arguments.get(part, [])]
     assert all(flag.startswith("--no-install-package=") for flag in flags)
     return {flag.split("=")[1] for flag in flags}
@@ -374,13 +392,14 @@ def test_the_health_check_asks_whether_all_models_are_ready(status, code):
 
 def test_the_dashboard_shows_what_is_measured():
     dashboard = json.loads((ROOT / "deploy/grafana.json").read_text())
-    measured = set()
-    for kind, name in re.findall(r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', (ROOT / "serving/service/metrics.py").read_text()):
+    measured = {}
+    for kind, name in re.findall(
+        r'(Counter|Gauge|Histogram)\(\s*"(\w+)"', (ROOT / "serving/service/metrics.py").read_text()
+    ):
         endings = {"Counter": ["_total"], "Gauge": [""], "Histogram": ["_bucket", "_sum", "_count"]}[kind]
-        measured |= {f"ray_{name}{ending}" for ending in endings}
+        measured[name] = {f"ray_{name}{ending}" for ending in endings}
     shown = {
         name for panel in dashboard["panels"] for t in panel["targets"] for name in re.findall(r"ray_\w+", t["expr"])
     }
-    assert shown <= measured
-    for name in ("requests_total", "stage_seconds_bucket", "batch_images_sum", "waiting_images", "replica"):
-        assert f"ray_cspnet_{name}" in shown
+    assert shown <= set.union(*measured.values())
+    assert all(shown & names for names in measured.values())

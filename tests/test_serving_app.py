@@ -11,61 +11,41 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 import tritonclient.http
-from artifacts import BOXES, COLOURS, RGB, picture, write_classifier, write_detector, write_slow_classifier
+from artifacts import BOXES, COLOURS, RGB, picture, write_classifier, write_detector
 from PIL import Image
+from services import Started, slow_model, started_of
 
 from benchmarks.processes import tree
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
-from serving.serve import RunningService, start
 
 MAX_BODY = 300_000
 SLOW_TIMEOUT_S = 0.4
 
 
-@dataclass
-class Started:
-    service: RunningService
-    http: httpx.Client
-    classifier: Path
-    lines: list[str]
-
-    def post(self, path: str, body: bytes, **kwargs: object) -> httpx.Response:
-        return self.http.post(f"/v2/models/{path}", content=body, **kwargs)  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classifier(tmp_path_factory.mktemp("classifier") / "m.onnx")
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+def started(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     folder = tmp_path_factory.mktemp("artifacts")
-    classifier = write_classifier(folder / "classifier.onnx")
-    config = ServingConfig(
-        port=0,
-        max_body_bytes=MAX_BODY,
-        models=(
-            ServedModel(name="classifier", artifact=str(classifier)),
-            ServedModel(name="detector", artifact=str(write_detector(folder / "detector.onnx"))),
-            ServedModel(
-                name="slow",
-                artifact=str(write_slow_classifier(folder / "slow.onnx", 4 * SLOW_TIMEOUT_S)),
-                max_batch_size=1,
-                max_ongoing_requests=1,
-                max_queued_requests=1,
-                timeout_s=SLOW_TIMEOUT_S,
-            ),
-        ),
+    models = (
+        ServedModel(name="classifier", artifact=str(classifier)),
+        ServedModel(name="detector", artifact=str(write_detector(folder / "detector.onnx"))),
+        slow_model(folder, 4 * SLOW_TIMEOUT_S, SLOW_TIMEOUT_S),
     )
-    lines: list[str] = []
-    with start(config, lines.append) as service, httpx.Client(base_url=service.url, timeout=30) as http:
-        yield Started(service, http, classifier, lines)
+    with started_of(ServingConfig(port=0, max_body_bytes=MAX_BODY, models=models)) as service:
+        yield service
 
 
 def huge_png() -> bytes:
@@ -100,8 +80,8 @@ def test_says_what_it_serves(started: Started) -> None:
     assert f"curl --data-binary @image.jpg {started.service.url}/v2/models/" in text
 
 
-def test_classify_equals_the_predictor(started: Started) -> None:
-    predictor = create_predictor(OnnxModel(started.classifier, "cpu"))
+def test_classify_equals_the_predictor(started: Started, classifier: Path) -> None:
+    predictor = create_predictor(OnnxModel(classifier, "cpu"))
     for colour in COLOURS:
         image = picture(colour)
         result = predictor.predict([predictor.prepare(image)])[0]  # type: ignore[list-item]
@@ -134,7 +114,7 @@ def test_detect_in_pixels_of_the_original(started: Started) -> None:
     assert [row["label"] for row in fewer["detections"]] == ["dog"]
 
 
-def test_server_and_model_metadata(started: Started) -> None:
+def test_server_and_model_metadata(started: Started, classifier: Path) -> None:
     assert started.http.get("/v2").json()["name"] == "cspnet"
     about = started.http.get("/v2/models/detector").json()
     assert about["name"] == "detector" and about["versions"] == ["1"] and about["platform"] == "onnxruntime_onnx"
@@ -145,7 +125,7 @@ def test_server_and_model_metadata(started: Started) -> None:
     assert parameters["classes"] == ["cat", "dog"]
     with Client(started.service.url) as client:
         artifact = client.artifact("classifier")
-    assert artifact == OnnxModel(started.classifier, "cpu").metadata
+    assert artifact == OnnxModel(classifier, "cpu").metadata
 
 
 def test_health_and_index(started: Started) -> None:
@@ -212,7 +192,6 @@ def test_openapi_is_of_what_is_there(started: Started) -> None:
 def test_prometheus_reads_what_the_replicas_did(started: Started) -> None:
     assert started.post("detector/detect", picture("red")).status_code == 200
     assert started.post("detector/detect", b"nothing").status_code == 422
-    (url,) = re.findall(r"Prometheus at (\S+)", "\n".join(started.lines))
     wanted = [
         r'ray_cspnet_requests_total{.*action="detect".*code="200".*} [1-9]',
         r'ray_cspnet_requests_total{.*action="detect".*code="422".*} [1-9]',
@@ -226,7 +205,7 @@ def test_prometheus_reads_what_the_replicas_did(started: Started) -> None:
     ]
     deadline = time.monotonic() + 60
     while wanted:
-        said = httpx.get(url, trust_env=False).text
+        said = started.prometheus()
         wanted = [pattern for pattern in wanted if not re.search(pattern, said)]
         assert time.monotonic() < deadline, wanted
         time.sleep(1)

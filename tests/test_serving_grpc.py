@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.http as triton_http
-from artifacts import COLOURS, RGB, picture, write_classifier, write_detector, write_slow_classifier
+from artifacts import COLOURS, RGB, picture, write_classifier, write_detector
+from services import Started, slow_model, started_of, write_keys
 from tritonclient.utils import InferenceServerException
 
 from serving.config import ServedModel, ServingConfig
-from serving.serve import RunningService, start
 
 MAX_BODY = 300_000
 SLOW_TIMEOUT_S = 1.0
@@ -22,11 +22,9 @@ HEADERS = {"x-api-key": KEY}
 
 
 @dataclass
-class Started:
-    service: RunningService
+class Clients:
     grpc: triton.InferenceServerClient
     http: triton_http.InferenceServerClient
-    lines: list[str]
 
     def infer(self, name: str, *images: bytes, **kwargs: Any) -> triton.InferResult:
         return self.grpc.infer(name, [encoded(triton, *images)], **{"headers": HEADERS, "client_timeout": 60} | kwargs)
@@ -35,36 +33,29 @@ class Started:
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     folder = tmp_path_factory.mktemp("artifacts")
-    keys = folder / "keys.txt"
-    keys.write_text(f"ann:{KEY}\n")
-    keys.chmod(0o600)
-    slow = ServedModel(
-        name="slow",
-        artifact=str(write_slow_classifier(folder / "slow.onnx", 2 * SLOW_TIMEOUT_S)),
-        max_batch_size=1,
-        max_ongoing_requests=1,
-        max_queued_requests=1,
-        timeout_s=SLOW_TIMEOUT_S,
-    )
     config = ServingConfig(
         port=0,
         grpc_port=0,
         max_body_bytes=MAX_BODY,
         start_timeout_s=300,
-        api_keys=str(keys),
+        api_keys=write_keys(folder / "keys.txt", KEY),
         models=(
             ServedModel(name="classifier", artifact=str(write_classifier(folder / "classifier.onnx"))),
             ServedModel(name="detector", artifact=str(write_detector(folder / "detector.onnx"))),
-            slow,
+            slow_model(folder, 2 * SLOW_TIMEOUT_S, SLOW_TIMEOUT_S),
         ),
     )
-    lines: list[str] = []
-    with start(config, lines.append) as service:
-        assert service.grpc_url is not None
-        http = triton_http.InferenceServerClient(service.url.removeprefix("http://"))
-        with triton.InferenceServerClient(service.grpc_url) as grpc:
-            yield Started(service, grpc, http, lines)
-        http.close()
+    with started_of(config) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def clients(started: Started) -> Iterator[Clients]:
+    assert started.service.grpc_url is not None
+    http = triton_http.InferenceServerClient(started.service.url.removeprefix("http://"))
+    with triton.InferenceServerClient(started.service.grpc_url) as grpc:
+        yield Clients(grpc, http)
+    http.close()
 
 
 def encoded(client: Any, *images: bytes) -> Any:
@@ -92,8 +83,8 @@ def test_says_where_it_is(started: Started) -> None:
     assert f"gRPC at {started.service.grpc_url}" in started.lines
 
 
-def test_says_what_it_is_and_has(started: Started) -> None:
-    client = started.grpc
+def test_says_what_it_is_and_has(clients: Clients) -> None:
+    client = clients.grpc
     assert client.is_server_live() and client.is_server_ready()  # without a key, as over HTTP
     about = client.get_server_metadata(headers=HEADERS)
     assert (about.name, list(about.extensions)) == ("cspnet", ["binary_tensor_data", "model_repository"])
@@ -105,7 +96,7 @@ def test_says_what_it_is_and_has(started: Started) -> None:
         for version in ("", "1"):
             assert client.is_model_ready(name, version, headers=HEADERS)
             told = client.get_model_metadata(name, version, headers=HEADERS, as_json=True)
-            http = started.http.get_model_metadata(name, headers=HEADERS)
+            http = clients.http.get_model_metadata(name, headers=HEADERS)
             assert {key: told[key] for key in ("name", "versions", "platform")} == {
                 key: http[key] for key in ("name", "versions", "platform")
             }
@@ -115,14 +106,14 @@ def test_says_what_it_is_and_has(started: Started) -> None:
 
 @pytest.mark.parametrize("name", ["classifier", "detector"])
 @pytest.mark.parametrize("given", ["encoded", "pixels"])
-def test_answers_equal_those_of_http_to_the_bit(started: Started, name: str, given: str) -> None:
+def test_answers_equal_those_of_http_to_the_bit(clients: Clients, name: str, given: str) -> None:
     def inputs(client: Any) -> list[Any]:
         if given == "pixels":
             return [pixels(client, *COLOURS)]
         return [encoded(client, *(picture(colour, kind=kind) for colour in COLOURS for kind in ("PNG", "JPEG")))]
 
-    told = started.grpc.infer(name, inputs(triton), headers=HEADERS, request_id="abc")
-    http = started.http.infer(name, inputs(triton_http), headers={**HEADERS})  # it adds to them
+    told = clients.grpc.infer(name, inputs(triton), headers=HEADERS, request_id="abc")
+    http = clients.http.infer(name, inputs(triton_http), headers={**HEADERS})  # it adds to them
     response = told.get_response()
     assert (response.id, response.model_name, response.model_version) == ("abc", name, "1")
     names = [output.name for output in response.outputs]
@@ -132,23 +123,23 @@ def test_answers_equal_those_of_http_to_the_bit(started: Started, name: str, giv
         np.testing.assert_array_equal(told.as_numpy(output), http.as_numpy(output))
 
 
-def test_parameters(started: Started) -> None:
-    labels = started.infer("classifier", picture("blue"), parameters={"top_k": 1}).as_numpy("labels")
+def test_parameters(clients: Clients) -> None:
+    labels = clients.infer("classifier", picture("blue"), parameters={"top_k": 1}).as_numpy("labels")
     assert labels.tolist() == [[b"blue"]]
-    labels = started.infer("classifier", picture("blue"), parameters={"classes": "red,1"}).as_numpy("labels")
+    labels = clients.infer("classifier", picture("blue"), parameters={"classes": "red,1"}).as_numpy("labels")
     assert set(labels.ravel()) == {b"red", b"green"}
     for parameters in ({"score_threshold": 0.7}, {"classes": "dog"}):
-        found = started.infer("detector", picture("red"), parameters=parameters)
+        found = clients.infer("detector", picture("red"), parameters=parameters)
         assert found.as_numpy("num_detections").tolist() == [1]
         assert found.as_numpy("labels").tolist() == [[b"dog"]]
     outputs = [triton.InferRequestedOutput("boxes")]
-    found = started.infer("detector", picture("red", (300, 200)), outputs=outputs)
+    found = clients.infer("detector", picture("red", (300, 200)), outputs=outputs)
     assert [output.name for output in found.get_response().outputs] == ["boxes"]
     np.testing.assert_array_equal(found.as_numpy("boxes")[0, 0], [75, 50, 225, 150])
 
 
-def test_bad_input_is_an_invalid_argument(started: Started) -> None:
-    code, message = refused(lambda: started.infer("classifier", picture("red"), b"no image", picture("blue")))
+def test_bad_input_is_an_invalid_argument(clients: Clients) -> None:
+    code, message = refused(lambda: clients.infer("classifier", picture("red"), b"no image", picture("blue")))
     assert (code, message.partition(":")[0]) == ("INVALID_ARGUMENT", "element 1 of 3")
     for parameters, words in (
         ({"topk": 1}, "parameters.topk"),
@@ -156,53 +147,53 @@ def test_bad_input_is_an_invalid_argument(started: Started) -> None:
         ({"score_threshold": 0.9}, "is for detectors"),
         ({"classes": "rde"}, "did you mean 'red'"),
     ):
-        code, message = refused(lambda p=parameters: started.infer("classifier", picture("red"), parameters=p))  # type: ignore[misc]
+        code, message = refused(lambda p=parameters: clients.infer("classifier", picture("red"), parameters=p))  # type: ignore[misc]
         assert code == "INVALID_ARGUMENT" and words in message
-    code, message = refused(lambda: started.infer("classifier", *[b"x"] * 65))
+    code, message = refused(lambda: clients.infer("classifier", *[b"x"] * 65))
     assert code == "INVALID_ARGUMENT" and "give 1 to 64 images" in message
 
 
-def test_what_is_not_there_is_not_found(started: Started) -> None:
+def test_what_is_not_there_is_not_found(clients: Clients) -> None:
     calls: list[Callable[[], object]] = [
-        lambda: started.infer("classifeir", picture("red")),
-        lambda: started.grpc.get_model_metadata("classifeir", headers=HEADERS),
-        lambda: started.infer("classifier", picture("red"), model_version="2"),
-        lambda: started.grpc.get_model_metadata("classifier", "2", headers=HEADERS),
+        lambda: clients.infer("classifeir", picture("red")),
+        lambda: clients.grpc.get_model_metadata("classifeir", headers=HEADERS),
+        lambda: clients.infer("classifier", picture("red"), model_version="2"),
+        lambda: clients.grpc.get_model_metadata("classifier", "2", headers=HEADERS),
     ]
     for call, words in zip(calls, ["RepositoryIndex lists them"] * 2 + ["no version '2'"] * 2, strict=True):
         code, message = refused(call)
         assert code == "NOT_FOUND" and words in message
-    assert refused(lambda: started.grpc.get_inference_statistics("classifier", headers=HEADERS))[0] == "UNIMPLEMENTED"
+    assert refused(lambda: clients.grpc.get_inference_statistics("classifier", headers=HEADERS))[0] == "UNIMPLEMENTED"
 
 
-def test_keys_are_asked_for(started: Started) -> None:
+def test_keys_are_asked_for(clients: Clients) -> None:
     for headers in ({}, {"x-api-key": "not-the-right-one"}, {"authorization": "Bearer not-the-right-one"}):
-        code, message = refused(lambda h=headers: started.infer("classifier", picture("red"), headers=h))  # type: ignore[misc]
+        code, message = refused(lambda h=headers: clients.infer("classifier", picture("red"), headers=h))  # type: ignore[misc]
         assert code == "UNAUTHENTICATED" and "API key" in message
-        assert refused(lambda h=headers: started.grpc.get_server_metadata(headers=h))[0] == "UNAUTHENTICATED"  # type: ignore[misc]
-    answer = started.infer("classifier", picture("red"), headers={"authorization": f"Bearer {KEY}"})
+        assert refused(lambda h=headers: clients.grpc.get_server_metadata(headers=h))[0] == "UNAUTHENTICATED"  # type: ignore[misc]
+    answer = clients.infer("classifier", picture("red"), headers={"authorization": f"Bearer {KEY}"})
     assert answer.as_numpy("labels")[0, 0] == b"red"
 
 
-def test_a_request_that_is_too_large_is_refused(started: Started) -> None:
+def test_a_request_that_is_too_large_is_refused(clients: Clients) -> None:
     for size in (MAX_BODY + 1, 10_000_000):  # by us, and by gRPC before it is read
-        code, message = refused(lambda n=size: started.infer("classifier", bytes(n)))  # type: ignore[misc]
+        code, message = refused(lambda n=size: clients.infer("classifier", bytes(n)))  # type: ignore[misc]
         assert code == "RESOURCE_EXHAUSTED" and ("max_body_bytes" in message or "larger than max" in message)
-    assert started.infer("classifier", picture("red")).as_numpy("labels")[0, 0] == b"red"
+    assert clients.infer("classifier", picture("red")).as_numpy("labels")[0, 0] == b"red"
 
 
-def test_too_slow_and_too_many(started: Started) -> None:
-    code, message = refused(lambda: started.infer("slow", picture("red")))
+def test_too_slow_and_too_many(clients: Clients) -> None:
+    code, message = refused(lambda: clients.infer("slow", picture("red")))
     assert code == "DEADLINE_EXCEEDED" and "no answer within 1 s" in message
     with ThreadPoolExecutor(12) as pool:
-        told = list(pool.map(lambda _: refused(lambda: started.infer("slow", picture("red"))), range(12)))
+        told = list(pool.map(lambda _: refused(lambda: clients.infer("slow", picture("red"))), range(12)))
     assert {code for code, _ in told} == {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
     assert all("the queue is full" in message for code, message in told if code == "UNAVAILABLE")
-    assert refused(lambda: started.infer("classifier", picture("red"), client_timeout=1e-4))[0] == "DEADLINE_EXCEEDED"
+    assert refused(lambda: clients.infer("classifier", picture("red"), client_timeout=1e-4))[0] == "DEADLINE_EXCEEDED"
 
 
-def test_many_clients_at_once_get_their_own_answers(started: Started) -> None:
-    expected = {colour: started.infer("classifier", picture(colour)).as_numpy("scores") for colour in COLOURS}
+def test_many_clients_at_once_get_their_own_answers(started: Started, clients: Clients) -> None:
+    expected = {colour: clients.infer("classifier", picture(colour)).as_numpy("scores") for colour in COLOURS}
 
     def client(number: int) -> None:
         with triton.InferenceServerClient(started.service.grpc_url) as grpc:

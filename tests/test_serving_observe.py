@@ -13,30 +13,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from artifacts import COLOURS, picture, write_classifier, write_detector
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from services import Started, started_of, write_keys
 
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
-from serving.serve import start
 
 KEY = "ann-0123456789abc"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 
 @dataclass
-class Watched:
-    http: httpx.Client
-    url: str
+class Watched(Started):
     log: Path
     spans: list[dict[str, Any]]
 
-    def post(self, path: str, body: bytes, **kwargs: Any) -> httpx.Response:
-        return self.http.post(f"/v2/models/{path}", content=body, **kwargs)
-
-    def lines(self) -> list[dict[str, Any]]:
+    def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
@@ -73,13 +67,10 @@ class Collect(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
-    keys = folder / "keys"
-    keys.write_text(f"ann:{KEY}")
-    keys.chmod(0o600)
     classifier = str(write_classifier(folder / "classifier.onnx"))
     config = ServingConfig(
         port=0,
-        api_keys=str(keys),
+        api_keys=write_keys(folder / "keys", KEY),
         access_log=str(folder / "access.log"),
         models=(
             ServedModel(name="classifier", artifact=classifier, replicas=2),
@@ -92,11 +83,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
         environment.setenv("OTEL_SERVICE_NAME", "pictures")
         environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")  # ms
-        with (
-            start(config, lambda line: None) as service,
-            httpx.Client(base_url=service.url, headers={"X-API-Key": KEY}, timeout=30) as http,
-        ):
-            yield Watched(http, service.url, folder / "access.log", collector.spans)
+        with started_of(config, **{"X-API-Key": KEY}) as service:
+            yield Watched(**vars(service), log=folder / "access.log", spans=collector.spans)
         collector.shutdown()
 
 
@@ -120,7 +108,7 @@ def test_one_request_of_several_pictures(watched: Watched) -> None:
 
 
 def test_the_client_asks_for_both(watched: Watched) -> None:
-    with Client(watched.url, api_key=KEY) as client, ThreadPoolExecutor(8) as pool:
+    with Client(watched.service.url, api_key=KEY) as client, ThreadPoolExecutor(8) as pool:
         answers = list(
             pool.map(lambda i: client.detect("detector", picture(COLOURS[i % 3]), classify="classifier"), range(60))
         )
@@ -160,10 +148,10 @@ def test_every_answer_has_its_id_and_line(watched: Watched) -> None:
     assert re.fullmatch("[0-9a-f]{32}", found)
 
     deadline = time.monotonic() + 10
-    while not {*asked, found} <= {line["request_id"] for line in watched.lines()}:
+    while not {*asked, found} <= {line["request_id"] for line in watched.logged()}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    lines = {line["request_id"]: line for line in watched.lines()}
+    lines = {line["request_id"]: line for line in watched.logged()}
     for name, (path, body, _, status) in asked.items():
         line = lines[name]
         assert (line["method"], line["status"]) == ("POST", status)
@@ -210,7 +198,7 @@ def test_503_without_a_replica(watched: Watched) -> None:
     assert response.headers["retry-after"] == "1"
     assert time.monotonic() - began < 10
     assert watched.post("detector/detect", picture("red")).status_code == 200
-    with Client(watched.url, api_key=KEY, tries=30) as client:
+    with Client(watched.service.url, api_key=KEY, tries=30) as client:
         assert client.detect("detector", picture("blue"), classify="lone")["classification"]["model"] == "colours"
 
 

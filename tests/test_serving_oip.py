@@ -6,32 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifacts import write_classifier, write_detector
+from inferences import CLASSES, CLASSIFIER, DETECTOR, FOUND, JPEG, NONE, PIXELS
 
 from backbones.errors import InputError
 from serving.api import oip, oip_json
 from serving.api.schemas import detect_answer
-from serving.artifact import Artifact, DetectorArtifact, read_artifact
+from serving.artifact import Artifact, DetectorArtifact
 from serving.predictor import Classification, Detections
-
-JPEG = b"\xff\xd8 not decoded here"
-PIXELS = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
-CLASSES = Classification(np.array([2, 0, 1]), np.array([0.7, 0.2, 0.1], np.float32))
-FOUND = Detections(
-    boxes=np.array([[1, 2, 3, 4], [5, 6, 7, 8.5]], np.float32), scores=np.array([0.9, 0.6], np.float32),
-    indices=np.array([1, 0]), size=(40, 60),
-)  # fmt: skip
-NONE = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), (40, 60))
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return read_artifact(write_classifier(tmp_path_factory.mktemp("c") / "m.onnx"))[0]
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return read_artifact(write_detector(tmp_path_factory.mktemp("d") / "m.onnx"))[0]
 
 
 def encoded(*images: bytes, **changes: Any) -> dict[str, Any]:
@@ -44,7 +25,7 @@ def parse(artifact: Artifact, *inputs: dict[str, Any], **others: Any) -> oip.Inf
 
 
 def answer(request: oip.InferRequest, artifact: Artifact, *results: Classification | Detections) -> dict[str, Any]:
-    content, headers = oip_json.render(request, "m", "1", artifact, results)
+    content, headers = oip_json.render(request, "m", "1", oip.to_tensors(request, artifact, results))
     assert headers == {"content-type": "application/json"}
     values: dict[str, Any] = json.loads(content)
     return values
@@ -54,88 +35,88 @@ def values(said: dict[str, Any]) -> dict[str, Any]:
     return {output["name"]: np.reshape(output["data"], output["shape"]).tolist() for output in said["outputs"]}
 
 
-def test_encoded_images_as_base64(classifier: Artifact) -> None:
-    request = parse(classifier, encoded(JPEG, b"other"), id="abc")
+def test_encoded_images_as_base64() -> None:
+    request = parse(CLASSIFIER, encoded(JPEG, b"other"), id="abc")
     assert request.images == (JPEG, b"other")
-    assert parse(classifier, encoded(JPEG, b"o", shape=[2, 1], data=[["aQ=="], ["ag=="]])).images == (b"i", b"j")
-    said = answer(request, classifier, CLASSES, CLASSES)
+    assert parse(CLASSIFIER, encoded(JPEG, b"o", shape=[2, 1], data=[["aQ=="], ["ag=="]])).images == (b"i", b"j")
+    said = answer(request, CLASSIFIER, CLASSES, CLASSES)
     assert (said["id"], said["model_name"], said["model_version"]) == ("abc", "m", "1")
     assert values(said)["indices"] == [[2, 0, 1]] * 2
     assert values(said)["labels"] == [["blue", "red", "green"]] * 2
     assert np.float32(values(said)["scores"][0][0]) == CLASSES.probabilities[0]
 
 
-def test_pixels_as_numbers_flat_and_nested(classifier: Artifact) -> None:
+def test_pixels_as_numbers_flat_and_nested() -> None:
     for data in (PIXELS.tolist(), PIXELS.ravel().tolist()):
         given = {"name": "images", "datatype": "UINT8", "shape": list(PIXELS.shape), "data": data}
-        np.testing.assert_array_equal(parse(classifier, given).images, PIXELS)
+        np.testing.assert_array_equal(parse(CLASSIFIER, given).images, PIXELS)
 
 
-def test_top_k_and_class_filter(classifier: Artifact, detector: Artifact) -> None:
+def test_top_k_and_class_filter() -> None:
     for parameters, indices in (({"top_k": 2}, [2, 0]), ({"classes": "green, 0"}, [0, 1]), ({"top_k": 99}, [2, 0, 1])):
-        request = parse(classifier, encoded(JPEG), parameters=parameters)
-        assert values(answer(request, classifier, CLASSES))["indices"] == [indices]
+        request = parse(CLASSIFIER, encoded(JPEG), parameters=parameters)
+        assert values(answer(request, CLASSIFIER, CLASSES))["indices"] == [indices]
     for parameters, scores in (
-        ({"score_threshold": 0.7}, [0.9]), ({"top_k": 1}, [0.9]), ({"classes": detector.classes[0]}, [0.6]),
+        ({"score_threshold": 0.7}, [0.9]), ({"top_k": 1}, [0.9]), ({"classes": DETECTOR.classes[0]}, [0.6]),
     ):  # fmt: skip
-        found = values(answer(parse(detector, encoded(JPEG), parameters=parameters), detector, FOUND))
+        found = values(answer(parse(DETECTOR, encoded(JPEG), parameters=parameters), DETECTOR, FOUND))
         np.testing.assert_allclose(found["scores"], [scores])
         assert found["num_detections"] == [1]
 
 
-def test_a_threshold_keeps_what_detect_keeps(detector: Artifact) -> None:
+def test_a_threshold_keeps_what_detect_keeps() -> None:
     """0.7 as a float32 is below 0.7."""
     scores = np.array([0.9, 0.7], np.float32)
     found = Detections(FOUND.boxes, scores, FOUND.indices, FOUND.size)
-    tensors = values(answer(parse(detector, encoded(JPEG), parameters={"score_threshold": 0.7}), detector, found))
-    assert isinstance(detector, DetectorArtifact)
-    assert len(detect_answer(detector, found, score_threshold=0.7)["detections"]) == tensors["num_detections"][0] == 1
+    tensors = values(answer(parse(DETECTOR, encoded(JPEG), parameters={"score_threshold": 0.7}), DETECTOR, found))
+    assert isinstance(DETECTOR, DetectorArtifact)
+    assert len(detect_answer(DETECTOR, found, score_threshold=0.7)["detections"]) == tensors["num_detections"][0] == 1
 
 
-def test_detections_of_several_images_are_padded(detector: Artifact) -> None:
-    found = values(answer(parse(detector, encoded(JPEG, JPEG)), detector, NONE, FOUND))
+def test_detections_of_several_images_are_padded() -> None:
+    found = values(answer(parse(DETECTOR, encoded(JPEG, JPEG)), DETECTOR, NONE, FOUND))
     assert found["num_detections"] == [0, 2]
     assert found["boxes"] == [[[0.0] * 4] * 2, FOUND.boxes.tolist()]
-    assert found["labels"] == [["", ""], [detector.classes[1], detector.classes[0]]]
-    assert found["category_ids"][1] == [detector.category_ids[1], detector.category_ids[0]]  # type: ignore[union-attr]
+    assert found["labels"] == [["", ""], [DETECTOR.classes[1], DETECTOR.classes[0]]]
+    assert found["category_ids"][1] == [DETECTOR.category_ids[1], DETECTOR.category_ids[0]]  # type: ignore[union-attr]
 
 
-def test_nothing_found_at_all(detector: Artifact) -> None:
-    found = values(answer(parse(detector, encoded(JPEG)), detector, NONE))
+def test_nothing_found_at_all() -> None:
+    found = values(answer(parse(DETECTOR, encoded(JPEG)), DETECTOR, NONE))
     assert (found["boxes"], found["num_detections"]) == ([[]], [0])
 
 
-def test_only_the_wanted_outputs(classifier: Artifact) -> None:
-    request = parse(classifier, encoded(JPEG), outputs=[{"name": "labels"}])
-    assert list(values(answer(request, classifier, CLASSES))) == ["labels"]
+def test_only_the_wanted_outputs() -> None:
+    request = parse(CLASSIFIER, encoded(JPEG), outputs=[{"name": "labels"}])
+    assert list(values(answer(request, CLASSIFIER, CLASSES))) == ["labels"]
 
 
 @pytest.mark.parametrize("binary", [False, True])
-def test_tritonclient_sends_and_reads(classifier: Artifact, detector: Artifact, binary: bool) -> None:
+def test_tritonclient_sends_and_reads(binary: bool) -> None:
     http = pytest.importorskip("tritonclient.http")
     images = http.InferInput("images", [2], "BYTES")
     images.set_data_from_numpy(np.array([JPEG, b"x\x00"], object), binary_data=True)
-    outputs = [http.InferRequestedOutput(name, binary_data=binary) for name in oip.output_tensors(detector)]
+    outputs = [http.InferRequestedOutput(name, binary_data=binary) for name in oip.output_tensors(DETECTOR)]
     body, length = http.InferenceServerClient.generate_request_body([images], outputs, parameters={"top_k": 1})
-    request = oip_json.parse(body, str(length), detector)
+    request = oip_json.parse(body, str(length), DETECTOR)
     assert request.images == (JPEG, b"x\x00")
-    content, headers = oip_json.render(request, "m", "1", detector, [FOUND, NONE])
+    content, headers = oip_json.render(request, "m", "1", oip.to_tensors(request, DETECTOR, [FOUND, NONE]))
     said = headers.get(oip_json.JSON_LENGTH)
     assert (said is not None) == binary
     result = http.InferenceServerClient.parse_response_body(content, header_length=int(said) if said else None)
     np.testing.assert_array_equal(result.as_numpy("boxes"), [[[1, 2, 3, 4]], [[0] * 4]])
     np.testing.assert_array_equal(result.as_numpy("num_detections"), [1, 0])
     labels = [[label.decode() if binary else label for label in row] for row in result.as_numpy("labels").tolist()]
-    assert labels == [[detector.classes[1]], [""]]
+    assert labels == [[DETECTOR.classes[1]], [""]]
 
 
-def test_tritonclient_sends_pixels(classifier: Artifact) -> None:
+def test_tritonclient_sends_pixels() -> None:
     http = pytest.importorskip("tritonclient.http")
     for binary in (True, False):
         images = http.InferInput("images", list(PIXELS.shape), "UINT8")
         images.set_data_from_numpy(PIXELS, binary_data=binary)
         body, length = http.InferenceServerClient.generate_request_body([images])
-        request = oip_json.parse(body, None if length is None else str(length), classifier)
+        request = oip_json.parse(body, None if length is None else str(length), CLASSIFIER)
         np.testing.assert_array_equal(request.images, PIXELS)
 
 
@@ -183,22 +164,22 @@ UINT8 = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 2, 3], "data": [
         ({"inputs": None}, "inputs: "),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(classifier: Artifact, change: dict[str, Any], words: str) -> None:
+def test_a_bad_request_is_told_what_is_wrong(change: dict[str, Any], words: str) -> None:
     body = json.dumps({"inputs": [encoded(JPEG)]} | change).encode()
     with pytest.raises(InputError, match=words) as raised:
-        oip_json.parse(body, None, classifier)
+        oip_json.parse(body, None, CLASSIFIER)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b"\xff\xd8\xff\xe0", b'{"inputs": ' + b"[" * 100_000])
-def test_no_json_is_told_so(classifier: Artifact, body: bytes) -> None:
+def test_no_json_is_told_so(body: bytes) -> None:
     with pytest.raises(InputError, match="a request is such as"):
-        oip_json.parse(body, None, classifier)
+        oip_json.parse(body, None, CLASSIFIER)
 
 
-def test_a_threshold_below_the_artefacts_own(detector: Artifact) -> None:
+def test_a_threshold_below_the_artefacts_own() -> None:
     with pytest.raises(InputError, match=r"score_threshold=0.1 is below 0.5"):
-        parse(detector, encoded(JPEG), parameters={"score_threshold": 0.1})
+        parse(DETECTOR, encoded(JPEG), parameters={"score_threshold": 0.1})
 
 
 def binary_request(tail: bytes, size: int, shape: list[int]) -> tuple[bytes, str]:
@@ -216,12 +197,12 @@ def binary_request(tail: bytes, size: int, shape: list[int]) -> tuple[bytes, str
         (b"\x01\0\0\0a\x01\0\0\0b", 10, r"shape \[1\] and 2 elements"),
     ],
 )
-def test_broken_binary_tensors(classifier: Artifact, tail: bytes, size: int, words: str) -> None:
+def test_broken_binary_tensors(tail: bytes, size: int, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        oip_json.parse(*binary_request(tail, size, [1]), classifier)
+        oip_json.parse(*binary_request(tail, size, [1]), CLASSIFIER)
 
 
 @pytest.mark.parametrize("length", ["-1", "x", "", "999999", "²"])
-def test_a_wrong_json_length(classifier: Artifact, length: str) -> None:
+def test_a_wrong_json_length(length: str) -> None:
     with pytest.raises(InputError, match="Inference-Header-Content-Length is"):
-        oip_json.parse(json.dumps({"inputs": [encoded(JPEG)]}).encode(), length, classifier)
+        oip_json.parse(json.dumps({"inputs": [encoded(JPEG)]}).encode(), length, CLASSIFIER)

@@ -5,32 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from artifacts import write_classifier, write_detector
+from inferences import CLASSES, CLASSIFIER, DETECTOR, FOUND, JPEG, NONE, PIXELS
 from tritonclient.grpc import service_pb2
 
 from backbones.errors import InputError
 from serving.api import oip, oip_grpc, oip_json
-from serving.artifact import Artifact, read_artifact
-from serving.predictor import Classification, Detections
-
-JPEG = b"\xff\xd8 not decoded here"
-PIXELS = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
-CLASSES = Classification(np.array([2, 0, 1]), np.array([0.7, 0.2, 0.1], np.float32))
-FOUND = Detections(
-    boxes=np.array([[1, 2, 3, 4], [5, 6, 7, 8.5]], np.float32), scores=np.array([0.9, 0.6], np.float32),
-    indices=np.array([1, 0]), size=(40, 60),
-)  # fmt: skip
-NONE = Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64), (40, 60))
-
-
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return read_artifact(write_classifier(tmp_path_factory.mktemp("c") / "m.onnx"))[0]
-
-
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return read_artifact(write_detector(tmp_path_factory.mktemp("d") / "m.onnx"))[0]
 
 
 def request(**changes: Any) -> bytes:
@@ -77,39 +56,38 @@ def test_methods_are_the_services() -> None:
     assert set(oip_grpc.METHODS) <= set(service.methods_by_name)
 
 
-def test_encoded_images_raw_and_not(classifier: Artifact) -> None:
-    asked = oip_grpc.parse(request(), classifier)
+def test_encoded_images_raw_and_not() -> None:
+    asked = oip_grpc.parse(request(), CLASSIFIER)
     assert (asked.images, asked.id, asked.top_k) == ((JPEG,), "", None)
-    assert oip_grpc.parse(request(raw=[], bytes_contents=[JPEG]), classifier).images == (JPEG,)
+    assert oip_grpc.parse(request(raw=[], bytes_contents=[JPEG]), CLASSIFIER).images == (JPEG,)
 
 
-def test_pixels_raw_and_not(classifier: Artifact) -> None:
+def test_pixels_raw_and_not() -> None:
     pixels = {"datatype": "UINT8", "shape": PIXELS.shape}
     for content in ({"raw": [PIXELS.tobytes()]}, {"raw": [], "uint_contents": PIXELS.ravel().tolist()}):
-        np.testing.assert_array_equal(oip_grpc.parse(request(**pixels, **content), classifier).images, PIXELS)
+        np.testing.assert_array_equal(oip_grpc.parse(request(**pixels, **content), CLASSIFIER).images, PIXELS)
 
 
-def test_parameters_of_every_kind(classifier: Artifact, detector: Artifact) -> None:
+def test_parameters_of_every_kind() -> None:
     asked = oip_grpc.parse(
-        request(parameters={"top_k": ("int64_param", 2), "classes": ("string_param", "green, 0")}), classifier
+        request(parameters={"top_k": ("int64_param", 2), "classes": ("string_param", "green, 0")}), CLASSIFIER
     )
     assert (asked.top_k, asked.classes) == (2, (1, 0))
     for kind, value in (("double_param", 0.75), ("int64_param", 1), ("uint64_param", 1)):
-        asked = oip_grpc.parse(request(parameters={"score_threshold": (kind, value)}), detector)
+        asked = oip_grpc.parse(request(parameters={"score_threshold": (kind, value)}), DETECTOR)
         assert asked.score_threshold == value
 
 
 @pytest.mark.parametrize("results", [[CLASSES, CLASSES], [FOUND, NONE]])
-def test_answers_are_those_of_http(classifier: Artifact, detector: Artifact, results: list[Any]) -> None:
-    artifact = classifier if results[0] is CLASSES else detector
+def test_answers_are_those_of_http(results: list[Any]) -> None:
+    artifact = CLASSIFIER if results[0] is CLASSES else DETECTOR
     outputs = dict.fromkeys(oip.output_tensors(artifact), True)
     asked = oip.ask("abc", (JPEG, JPEG), outputs, oip.Parameters(), artifact)
-    theirs = service_pb2.ModelInferResponse.FromString(
-        oip_grpc.render(asked, "m", "1", artifact, results).SerializeToString()
-    )
+    tensors = oip.to_tensors(asked, artifact, results)
+    theirs = service_pb2.ModelInferResponse.FromString(oip_grpc.render(asked, "m", "1", tensors).SerializeToString())
     assert (theirs.id, theirs.model_name, theirs.model_version) == ("abc", "m", "1")
     said = triton.InferResult(theirs)
-    content, headers = oip_json.render(asked, "m", "1", artifact, results)
+    content, headers = oip_json.render(asked, "m", "1", tensors)
     http = pytest.importorskip("tritonclient.http").InferenceServerClient.parse_response_body(
         content, header_length=int(headers[oip_json.JSON_LENGTH])
     )
@@ -119,8 +97,9 @@ def test_answers_are_those_of_http(classifier: Artifact, detector: Artifact, res
         np.testing.assert_array_equal(said.as_numpy(name), http.as_numpy(name))
 
 
-def test_only_the_wanted_outputs(classifier: Artifact) -> None:
-    answer = oip_grpc.render(oip_grpc.parse(request(output="labels"), classifier), "m", "1", classifier, [CLASSES])
+def test_only_the_wanted_outputs() -> None:
+    asked = oip_grpc.parse(request(output="labels"), CLASSIFIER)
+    answer = oip_grpc.render(asked, "m", "1", oip.to_tensors(asked, CLASSIFIER, [CLASSES]))
     assert [output.name for output in answer.outputs] == ["labels"]
     assert len(answer.raw_output_contents) == 1
 
@@ -149,13 +128,13 @@ def test_only_the_wanted_outputs(classifier: Artifact) -> None:
         ({"parameters": {"classes": ("string_param", "rde")}}, "unknown class 'rde': did you mean 'red'"),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(classifier: Artifact, changes: dict[str, Any], words: str) -> None:
+def test_a_bad_request_is_told_what_is_wrong(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words) as raised:
-        oip_grpc.parse(request(**changes), classifier)
+        oip_grpc.parse(request(**changes), CLASSIFIER)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"\x0a\x05ab", b"\x0a\x01\xff", JPEG, b"{}"])
-def test_no_message_is_told_so(classifier: Artifact, data: bytes) -> None:
+def test_no_message_is_told_so(data: bytes) -> None:
     with pytest.raises(InputError, match="is no inference.ModelInferRequest"):
-        oip_grpc.parse(data, classifier)
+        oip_grpc.parse(data, CLASSIFIER)

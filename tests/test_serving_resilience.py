@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -31,13 +30,6 @@ from serving.service.environment import find_haproxy, free_port
 BARE, WITH_RETRIES = 6, 3  # clients
 RECOVERED_S = 60  # on a machine that does much else; benchmarks/stress.py asks for 15
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_haproxy() is None, reason="no HAProxy")]
-
-
-@dataclass
-class Started:
-    url: str
-    questions: list[Question]
-    config: Path
 
 
 @pytest.fixture(scope="module")

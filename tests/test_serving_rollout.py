@@ -21,12 +21,12 @@ import pytest
 import tritonclient.http
 from artifacts import keep_answer, picture, write_classifier, write_detector
 from pydantic import ValidationError
+from services import Started, started_of
 
 from backbones.errors import InputError
 from serving.artifact import read_whole, write_artifact
 from serving.client import Client
 from serving.config import ServedModel, ServedVersion, ServingConfig
-from serving.serve import RunningService, start
 from serving.service.versions import HEADER
 
 WEIGHTS = {"1": 0.75, "2": 0.25}
@@ -34,15 +34,12 @@ ASKED = 400  # requests over which shares are counted
 
 
 @dataclass
-class Started:
+class Updated(Started):
     folder: Path
     config: ServingConfig
-    service: RunningService
-    http: httpx.Client
-    lines: list[str]
 
-    def post(self, path: str, colour: str = "red") -> httpx.Response:
-        return self.http.post(f"/v2/models/{path}", content=picture(colour))
+    def ask(self, path: str, colour: str = "red") -> httpx.Response:
+        return self.post(path, picture(colour))
 
     def update(self, **models: ServedModel) -> None:
         """Roll out other models under names of those that are served."""
@@ -61,7 +58,7 @@ def several(*versions: ServedVersion) -> ServedModel:
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Updated]:
     folder = tmp_path_factory.mktemp("artifacts")
     one, two, hanging = (
         str(keep_answer(write_classifier(folder / f"{name}.onnx", name=name, hangs=name == "hanging")))
@@ -79,14 +76,13 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
             ),
         ),
     )
-    lines: list[str] = []
-    with start(config, lines.append) as service, httpx.Client(base_url=service.url, timeout=60) as http:
-        yield Started(folder, config, service, http, lines)
+    with started_of(config) as service:
+        yield Updated(**vars(service), folder=folder, config=config)
 
 
 def test_each_version_has_its_share(started):
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda _: started.post("several/classify"), range(ASKED)))
+        answers = list(pool.map(lambda _: started.ask("several/classify"), range(ASKED)))
     assert {answer.status_code for answer in answers} == {200}
     shares = Counter(answer.headers[HEADER] for answer in answers)
     assert Counter({"one": "1", "two": "2"}[answer.json()["model"]] for answer in answers) == shares
@@ -97,9 +93,9 @@ def test_each_version_has_its_share(started):
 
 def test_a_version_is_asked_by_its_name(started):
     for version, name in (("1", "one"), ("2", "two"), ("3", "hanging")):
-        answers = [started.post(f"several/versions/{version}/classify") for _ in range(8)]
+        answers = [started.ask(f"several/versions/{version}/classify") for _ in range(8)]
         assert {(answer.headers[HEADER], answer.json()["model"]) for answer in answers} == {(version, name)}
-    missing = started.post("several/versions/9/classify")
+    missing = started.ask("several/versions/9/classify")
     assert missing.status_code == 404 and "there is 1, 2, 3" in missing.json()["error"]
 
 
@@ -128,23 +124,22 @@ def test_a_bad_request_is_refused_by_whichever_version_gets_it(started):
 
 def metric(started: Started, name: str, **tags: str) -> float:
     """The sum of a metric's values with these tags, as Prometheus reads them."""
-    (url,) = re.findall(r"Prometheus at (\S+)", "\n".join(started.lines))
-    rows = re.findall(rf"^ray_{name}{{(.*)}} (\S+)$", httpx.get(url, trust_env=False).text, re.MULTILINE)
+    rows = re.findall(rf"^ray_{name}{{(.*)}} (\S+)$", started.prometheus(), re.MULTILINE)
     return sum(float(value) for said, value in rows if all(f'{tag}="{is_}"' in said for tag, is_ in tags.items()))
 
 
 @pytest.mark.slow
 def test_a_shadow_that_hangs_hurts_nobody_and_is_replaced(started):
     (before,) = replicas("several@3")
-    assert {started.post("several/classify").status_code for _ in range(6)} == {200}
+    assert {started.ask("several/classify").status_code for _ in range(6)} == {200}
     within(60, lambda: metric(started, "cspnet_shadow_copies_total", version="3", outcome="answered") > 0)
     for _ in range(6):
-        answer = started.post("several/classify", "white")
+        answer = started.ask("several/classify", "white")
         assert answer.status_code == 200 and answer.elapsed.total_seconds() < 8
     within(60, lambda: metric(started, "cspnet_shadow_copies_total", version="3", outcome="failed") > 0)
     assert metric(started, "cspnet_requests_total", application="several@3", action="classify", code="200") > 0
     within(180, lambda: replicas("several@3") not in ([], [before]))
-    within(120, lambda: started.post("several/versions/3/classify").status_code == 200)
+    within(120, lambda: started.ask("several/versions/3/classify").status_code == 200)
 
 
 def applications() -> dict[str, Any]:
@@ -228,7 +223,7 @@ def test_rolling_upgrade_under_load(started):
         assert not path.failures
         assert {name for at, name in path.answers if at > late} == {"two"}
     assert {name for _, name in found["single"].answers} == {"one", "two"}
-    assert started.post("several/versions/1/classify").status_code == 404
+    assert started.ask("several/versions/1/classify").status_code == 404
     assert set(applications()) == {"single", "several", "_front"}
 
 
@@ -245,7 +240,7 @@ def test_rolling_upgrade_under_load(started):
     ],
 )
 def test_what_is_bad_leaves_the_old_one_serving(started, change, words):
-    before = started.post("single/classify").json()
+    before = started.ask("single/classify").json()
     old = Path(started.config.models[0].artifact)
     bad = started.folder / f"{change}.onnx"
     config = started.config.model_copy(update={"port": 1 if change == "port" else 0})

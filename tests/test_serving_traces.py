@@ -77,7 +77,10 @@ def test_without_traces_nothing_is_noted_or_imported(monkeypatch: pytest.MonkeyP
         monkeypatch.delenv(name, raising=False)
     asyncio.run(serve(traces.from_environment(), 200))
     assert traces._stages.get() is None
-    code = "import sys; from serving.service import traces; traces.from_environment(); sys.exit('opentelemetry' in sys.modules)"
+    code = (
+        "import sys; from serving.service import traces; traces.from_environment(); "
+        "sys.exit('opentelemetry' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

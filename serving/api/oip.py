@@ -25,6 +25,7 @@ PLATFORM = "onnxruntime_onnx"
 EXTENSIONS = ["binary_tensor_data", "model_repository"]
 MAX_IMAGES = 64  # of a request
 Tensor: TypeAlias = npt.NDArray[Any]
+Tensors: TypeAlias = Mapping[str, tuple[str, Tensor]]  # by name their datatypes and values
 Images: TypeAlias = tuple[bytes | npt.NDArray[np.uint8], ...]  # each encoded, or uint8 [H, W, 3] in RGB
 
 
@@ -124,12 +125,8 @@ def from_raw(datatype: str, shape: Sequence[int], raw: bytes) -> Images:
     return to_images(shape, _elements(raw) if datatype == "BYTES" else np.frombuffer(raw, np.uint8))
 
 
-def to_tensors(
-    request: InferRequest, artifact: Artifact, results: Sequence[Classification | Detections]
-) -> dict[str, tuple[str, Tensor]]:
-    """By name the datatypes and values of what was asked for; of detections, rows beyond an image's `num_detections`
-    are zeros.
-    """
+def to_tensors(request: InferRequest, artifact: Artifact, results: Sequence[Classification | Detections]) -> Tensors:
+    """What was asked for; of detections, rows beyond an image's `num_detections` are zeros."""
     tensors = _pad([_choose(result, request, artifact) for result in results])
     return {name: (output_tensors(artifact)[name][0], tensors[name]) for name in request.outputs}
 

@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from backbones.errors import InputError
 from serving.api import oip
 from serving.artifact import Artifact
-from serving.predictor import Classification, Detections
 
 PACKAGE, SERVICE = "inference", "GRPCInferenceService"
 _BOOL, _INT32, _INT64, _UINT32, _UINT64, _DOUBLE, _STRING, _BYTES = (
@@ -146,16 +145,10 @@ def parse(data: bytes, artifact: Artifact) -> oip.InferRequest:
     )
 
 
-def render(
-    request: oip.InferRequest,
-    model: str,
-    version: str,
-    artifact: Artifact,
-    results: Sequence[Classification | Detections],
-) -> Any:
+def render(request: oip.InferRequest, model: str, version: str, tensors: oip.Tensors) -> Any:
     """The answer, a `ModelInferResponse`."""
     answer = MESSAGES["ModelInferResponse"](model_name=model, model_version=version, id=request.id)
-    for name, (datatype, values) in oip.to_tensors(request, artifact, results).items():
+    for name, (datatype, values) in tensors.items():
         answer.outputs.add(name=name, datatype=datatype, shape=values.shape)
         answer.raw_output_contents.append(oip.to_bytes(values))
     return answer

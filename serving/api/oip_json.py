@@ -6,7 +6,6 @@ JSON, with the binary tensor data extension of Triton's, in which tensors' bytes
 
 import base64
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from backbones.errors import InputError
 from serving.api import oip
 from serving.api.oip import INPUT
 from serving.artifact import Artifact
-from serving.predictor import Classification, Detections
 
 JSON_LENGTH = "Inference-Header-Content-Length"  # the header with the JSON's length, in bytes, where tensors follow it
 _EXAMPLE = '{"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": ["<base64 of a JPEG>"]}]}'
@@ -84,16 +82,10 @@ def parse(body: bytes, json_length: str | None, artifact: Artifact) -> oip.Infer
     )
 
 
-def render(
-    request: oip.InferRequest,
-    model: str,
-    version: str,
-    artifact: Artifact,
-    results: Sequence[Classification | Detections],
-) -> tuple[bytes, dict[str, str]]:
+def render(request: oip.InferRequest, model: str, version: str, tensors: oip.Tensors) -> tuple[bytes, dict[str, str]]:
     """The body of an answer and its headers."""
     outputs, tail = [], bytearray()
-    for name, (datatype, values) in oip.to_tensors(request, artifact, results).items():
+    for name, (datatype, values) in tensors.items():
         output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(values.shape)}
         if request.outputs[name]:
             content = oip.to_bytes(values)

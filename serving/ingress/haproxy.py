@@ -1,8 +1,8 @@
 """Started by Ray Serve in place of HAProxy: mends the config that Ray wrote and becomes HAProxy; standard library only.
 
-    python -I serving/haproxy.py BINARY LISTENER ERRORS [HAProxy's own arguments, with -f CONFIG among them]
+    python -I serving/ingress/haproxy.py BINARY LISTENER ERRORS [HAProxy's own arguments, with -f CONFIG among them]
 
-`ingress.py` writes the script that calls it. What Ray has no setting for:
+`listener.py` writes the script that calls it. What Ray has no setting for:
 
 - HAProxy listens on the socket that the service holds, so that connections wait while a HAProxy is replaced;
 - its pages of metrics and statistics are on the loopback address, not on every interface;

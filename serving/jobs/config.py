@@ -50,7 +50,7 @@ class Actors(Section):
 
 
 class BatchConfig(Section):
-    """A run of `python -m serving batch`; `serving/inputs.py` says what `input` may be."""
+    """A run of `python -m serving batch`; `inputs.py` says what `input` may be."""
 
     input: str
     images: str | None = None  # the folder of a COCO file's or a manifest's names; null is that file's own

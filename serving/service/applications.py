@@ -1,6 +1,6 @@
 """A config to Ray Serve's applications; no torch here.
 
-One a model, or each of its versions, and one in front at `/`. `serve.py` starts them on this machine.
+One a model, or each of its versions, and one in front at `/`. `serving.serve` starts them on this machine.
 """
 
 from collections.abc import Sequence

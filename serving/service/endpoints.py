@@ -1,5 +1,5 @@
-"""What a model's paths do with a request's images, on one event loop: a plain class, which `app.py` puts on Ray; no
-torch here.
+"""What a model's paths do with a request's images, on one event loop: a plain class, which `serving.app` puts on Ray;
+no torch here.
 """
 
 import asyncio
@@ -68,9 +68,11 @@ class Endpoints:
             asked = await self._in_thread(parse, self.metadata)
         prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
         results = await asyncio.gather(*map(self.batches.submit, prepared))
-        return await self._in_thread(
-            self.metrics.call, "encode", render, asked, self.name, version, self.metadata, results
-        )
+
+        def answer() -> T:
+            return render(asked, self.name, version, oip.to_tensors(asked, self.metadata, results))
+
+        return await self._in_thread(self.metrics.call, "encode", answer)
 
     def _prepare(self, asked: oip.InferRequest, i: int) -> Any:
         try:

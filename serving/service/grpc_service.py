@@ -2,7 +2,7 @@
 status codes; no torch here.
 
 Ray's own gRPC servers, in its proxy and in each replica, hand a call to the method of its name, of the application that
-the metadata `application` names. The protocol's clients do not send that: it is set here, or by `grpc_ingress.py`.
+the metadata `application` names. The protocol's clients do not send that: it is set here, or by `serving.ingress.grpc`.
 """
 
 from collections.abc import Awaitable
