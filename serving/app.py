@@ -7,7 +7,8 @@ Replicas of a model, or of each of its versions, decode and run, so that a body 
 import asyncio
 import io
 import json
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,13 +26,15 @@ from serving.api.schemas import ClassifyAnswer
 from serving.artifact import Artifact, DetectorArtifact
 from serving.ingress import access_log, keys
 from serving.predictor import create_predictor
-from serving.runtime import OnnxModel, Provider
+from serving.runtime import OnnxModel, Provider, SideBySide, usable_cores
 from serving.service import grpc_service, traces
 from serving.service.endpoints import Endpoints
 from serving.service.metrics import ReplicaMetrics
 from serving.service.versions import HEADER, Handed, Reply, Route, Versions, hand, read_path, route_prefix
+from serving.sessions.providers import NAMES
 
 PROBE_TIMEOUT_S = 20.0  # Ray gives a health check 30
+LONG_RUN_S = 0.005  # of an image on all cores; what is shorter gains more from batches than from a core for each
 ENDPOINTS = {"classification": "classify", "detection": "detect"}
 ACTIONS = (*ENDPOINTS.values(), "infer", "ready")  # what metrics tell apart
 
@@ -64,20 +67,30 @@ class ModelReplica:
         predictor: Any = create_predictor(self.model)
         self.endpoint = ENDPOINTS[self.model.metadata.task]
         self.probe = predictor.prepare(_blank_image())
-        for size in range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}:
-            predictor.predict([self.probe] * size)
-        selftest.check(self.model)
+        sizes = range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}
+        run_s = _warm(self.model, self.probe, sizes)
+        workers = 1
+        if self.model.provider == NAMES["cpu"] and threads is None and usable_cores() > 1 and run_s > LONG_RUN_S:
+            # Batches would only make each image wait: of operators that take long, nothing is saved by more at once.
+            narrow = OnnxModel(artifact, "cpu", 1)
+            _warm(narrow, self.probe, {1})
+            predictor = create_predictor(SideBySide(self.model, narrow))
+            workers, max_batch_size = usable_cores(), 1
         self.traces = traces.from_environment()
         self.metrics = ReplicaMetrics(self.model.provider)
         self.version_names = [route.version for route in routes]
         self.versions = Versions(name, version, routes, timeout_s, self.metrics.copied)
-        self.endpoints = Endpoints(name, predictor, self.metrics, max_batch_size, max_body_bytes)
+        self.endpoints = Endpoints(name, predictor, self.metrics, max_batch_size, max_body_bytes, workers)
         self.batches = self.endpoints.batches
         await self.batches.submit(self.probe)  # a GPU keeps handles a thread: warm that one too
         self.batches_seen = self.batches.batches
 
     async def check_health(self) -> None:
-        """Images that were answered since the last check prove as much as a probe behind them in the queue."""
+        """Images that were answered since the last check prove as much as a probe behind them in the queue, if no
+        batch beside them hangs.
+        """
+        if self.batches.longest_run_s() > PROBE_TIMEOUT_S:
+            raise TimeoutError(f"a batch has been running for more than {PROBE_TIMEOUT_S:g} s")
         if self.batches.batches == self.batches_seen:
             await asyncio.wait_for(self.batches.submit(self.probe), PROBE_TIMEOUT_S)
         self.batches_seen = self.batches.batches
@@ -254,6 +267,17 @@ def _content(reply: Reply | None) -> bytes:
 def middlewares() -> list[Middleware]:
     """What Ray puts round every HTTP server of the service; `service/environment.py` names it to Ray."""
     return [Middleware(JsonErrors), *keys.from_environment(), access_log.from_environment()]  # the last is outermost
+
+
+def _warm(model: OnnxModel, probe: Any, sizes: Iterable[int]) -> float:
+    """Run batches of these sizes, hold the model to its known answer, and say how many seconds a lone image takes."""
+    predictor: Any = create_predictor(model)
+    for size in sizes:
+        predictor.predict([probe] * size)
+    selftest.check(model)
+    began = time.perf_counter()
+    predictor.predict([probe])
+    return time.perf_counter() - began
 
 
 def _blank_image() -> bytes:

@@ -1,6 +1,7 @@
 """An artefact ready to run, on the provider that was asked for and nothing less; no torch here."""
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from serving.artifact import Artifact, ClassifierArtifact, read_whole
 from serving.sessions.ort import OrtSession
 from serving.sessions.providers import ON_GPU, Provider, check_gpu_options, driver_problem, missing, usable_cores
 
-__all__ = ["OnnxModel", "Provider", "usable_cores"]
+__all__ = ["OnnxModel", "Provider", "SideBySide", "usable_cores"]
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"tensor(uint8)": "uint8", "tensor(int64)": "int64"}  # of inputs
 
@@ -100,6 +101,34 @@ class OnnxModel:
             if value.dtype != _DTYPES[kind] or not fits:
                 wanted = f"{_DTYPES[kind]} [{', '.join('any' if size is None else str(size) for size in sizes)}]"
                 raise InputError(f"{self.path} takes {name} as {wanted}, not {value.dtype} {list(value.shape)}")
+
+
+class SideBySide(OnnxModel):
+    """A model for a thread a core: a lone run has all cores, runs beside others have one each.
+
+    The threads of an operator wait for the slowest of them, operator after operator; runs of one thread each never do.
+    Both give the same bits.
+
+    Args:
+        wide: runs on all cores; this is it, and shares its session.
+        narrow: of the same artefact, runs on one.
+    """
+
+    def __init__(self, wide: OnnxModel, narrow: OnnxModel):
+        vars(self).update(vars(wide))
+        self._narrow = narrow
+        self._running, self._lock = 0, threading.Lock()
+
+    def run(self, **inputs: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """As `OnnxModel.run`."""
+        with self._lock:
+            self._running += 1
+            alone = self._running == 1
+        try:
+            return super().run(**inputs) if alone else self._narrow.run(**inputs)
+        finally:
+            with self._lock:
+                self._running -= 1
 
 
 def _sample(artifact: Artifact) -> dict[str, npt.NDArray[Any]]:

@@ -151,3 +151,24 @@ def test_close_finishes_what_waits_and_ends_the_thread() -> None:
         assert threading.active_count() <= before + 2  # asyncio's own pool
 
     asyncio.run(scenario())
+
+
+def test_workers_share_what_waits_and_the_longest_run_is_known() -> None:
+    async def scenario() -> None:
+        gate = Gate()
+        queue = BatchQueue(gate.run, max_batch_size=1, workers=2)
+        assert queue.longest_run_s() == 0
+        items = await _submit(queue, 1, 2, 3)
+        await gate.wait_entered()
+        await gate.wait_entered()  # two at once, and the third waits
+        assert sorted(gate.batches) == [[1], [2]]
+        before = queue.longest_run_s()
+        await asyncio.sleep(0.01)
+        assert queue.longest_run_s() >= before + 0.01
+        gate.open(3)
+        assert await asyncio.gather(*items) == [1, 4, 9]
+        assert queue.batches == 3 and queue.longest_run_s() == 0
+        await queue.close()
+        assert not any(thread.name == "batches" for thread in threading.enumerate())
+
+    asyncio.run(scenario())

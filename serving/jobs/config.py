@@ -35,7 +35,7 @@ class Actors(Section):
     max_actors: int | None = Field(default=None, ge=1)  # null is min_actors
     num_cpus: float | None = Field(default=None, ge=0)  # of each; null shares out what is free when the job starts
     num_gpus: float = Field(default=0, ge=0)  # of each; a fraction shares a GPU
-    threads: int | None = Field(default=None, ge=1)  # of onnxruntime; null is one a core, shared by a node's actors
+    threads: int | None = Field(default=None, ge=1)  # of each; null is one a core, shared by a node's actors
 
     @property
     def most(self) -> int:
@@ -57,7 +57,7 @@ class BatchConfig(Section):
     labels: Literal["folder"] | None = None  # score classifiers by the top folder of each name
     output: str  # a folder
     part_rows: int = Field(default=512, ge=1)  # of each Parquet part; what a job that is killed loses at the most
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1)  # on a GPU or in OpenVINO; onnxruntime's CPU runs images side by side
     decode: Literal["actors", "tasks"] = "actors"  # in threads of the actors, or on CPUs of any node
     on_error: Literal["row", "fail"] = "row"  # an image that cannot be read: a row that says so, or the job's end
     max_error_share: float = Field(default=0.5, ge=0, le=1)  # above it, of 100 images or more, the job ends

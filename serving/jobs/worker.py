@@ -70,6 +70,23 @@ def predict_files(
         yield predict_prepared(predictors, part, [future.result() for future in futures])
 
 
+def predict_side_by_side(
+    predictors: Sequence[Predictor],
+    files: Sequence[File],
+    prepared: Sequence[Prepared | None],
+    pool: ThreadPoolExecutor,
+) -> Iterator[list[list[Row]]]:
+    """Of an image at a time the rows of each predictor, in the order of `files`: a thread of `pool` does all of an
+    image, and of predictors with one thread each all cores are busy at all times.
+    """
+    artifacts = [predictor.metadata for predictor in predictors]
+
+    def whole(file: File, image: Prepared | None) -> list[list[Row]]:
+        return predict_prepared(predictors, [file], [image or prepare_file(file, artifacts)])
+
+    return pool.map(whole, files, prepared)
+
+
 def predict_prepared(
     predictors: Sequence[Predictor], files: Sequence[File], prepared: Sequence[Prepared]
 ) -> list[list[Row]]:
@@ -141,16 +158,24 @@ class WorkerModel:
 
 
 class BatchWorker:
-    """The models in a Ray actor: a chunk of images in, a list with the table of each model out."""
+    """The models in a Ray actor: a chunk of images in, a list with the table of each model out.
+
+    On the CPU in onnxruntime, images are run side by side, a thread each, which is faster than batches; `batch_size` is
+    of the others.
+    """
 
     def __init__(self, models: Sequence[WorkerModel], batch_size: int, threads: int, annotated: bool):
         cores = usable_cores()
         threads = min(threads, cores)
-        self.predictors = [create_predictor(OnnxModel(model.path, model.provider, threads)) for model in models]
+        self.side_by_side = all(model.provider == "cpu" for model in models)
+        self.predictors = [
+            create_predictor(OnnxModel(model.path, model.provider, 1 if self.side_by_side else threads))
+            for model in models
+        ]
         self.hashes = [model.sha256 for model in models]
         self.batch_size, self.annotated = batch_size, annotated
         on_gpu = any(model.provider in ON_GPU for model in models)
-        self.pool = ThreadPoolExecutor(cores if on_gpu else threads, thread_name_prefix="decode")
+        self.pool = ThreadPoolExecutor(cores if on_gpu else threads, thread_name_prefix="images")
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # of a generator Ray Data hands on errors as they are
         files, prepared = _value_of(table)
@@ -161,7 +186,9 @@ class BatchWorker:
         yield _row_of([self._table(i, files, rows[i]) for i in range(len(rows))])
 
     def _predict(self, files: Sequence[File], prepared: Sequence[Prepared] | None) -> Iterator[list[list[Row]]]:
-        if prepared is None:
+        if self.side_by_side:
+            yield from predict_side_by_side(self.predictors, files, prepared or [None] * len(files), self.pool)
+        elif prepared is None:
             yield from predict_files(self.predictors, files, self.batch_size, self.pool)
         else:
             for i in range(0, len(files), self.batch_size):

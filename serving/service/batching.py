@@ -1,4 +1,4 @@
-"""Batches as they come: futures in front of one worker thread; no Ray, no torch here."""
+"""Batches as they come: futures in front of worker threads; no Ray, no torch here."""
 
 import asyncio
 import queue
@@ -24,14 +24,14 @@ class _Entry(Generic[Item, Result]):
 
 
 class BatchQueue(Generic[Item, Result]):
-    """Runs what waits, up to `max_batch_size` items at a time, in a thread of its own.
+    """Runs what waits, up to `max_batch_size` items at a time, in threads of its own.
 
-    The thread takes its next batch itself, so that it never waits for the event loop, and it never waits
+    A thread takes its next batch itself, so that it never waits for the event loop, and it never waits
     for a batch to fill: an idle model runs a lone item at once, a busy one finds a batch when it is done.
-    Made and used on one event loop. It has no bound: whoever submits has one.
+    Several threads share what waits. Made and used on one event loop. It has no bound: whoever submits has one.
 
     Args:
-        run: items to their results, in order.
+        run: items to their results, in order; by as many threads at once as there are `workers`.
         observe: takes what became of a batch, in the thread: seconds that each item waited, seconds that it ran, and
             how many items wait still.
 
@@ -44,15 +44,18 @@ class BatchQueue(Generic[Item, Result]):
         run: Callable[[Sequence[Item]], Sequence[Result]],
         max_batch_size: int,
         observe: Callable[[Sequence[float], float, int], None] | None = None,
+        workers: int = 1,
     ):
         self.batches = 0
+        self._under_way: dict[int, float] = {}  # of a thread, when its batch began
         self._run = run
         self._observe = observe
         self._max_batch_size = max_batch_size
         self._loop = asyncio.get_running_loop()
         self._waiting: queue.SimpleQueue[_Entry[Item, Result] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._work, name="batches", daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
 
     async def submit(self, item: Item) -> Result:
         """The result of `item`. An exception of its batch is raised here; a cancelled caller's item is
@@ -65,10 +68,15 @@ class BatchQueue(Generic[Item, Result]):
         traces.stage("run", entry.began, entry.ended)
         return result
 
+    def longest_run_s(self) -> float:
+        """Seconds of the batch that has been running for longest; 0 if none is."""
+        return max((time.perf_counter() - began for began in [*self._under_way.values()]), default=0)
+
     async def close(self) -> None:
-        """Run what was submitted before, then end the thread."""
+        """Run what was submitted before, then end the threads."""
         self._waiting.put(None)
-        await asyncio.to_thread(self._thread.join)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
     def _work(self) -> None:
         while batch := self._take():
@@ -77,21 +85,21 @@ class BatchQueue(Generic[Item, Result]):
                 continue
             error: BaseException | None = None
             results: Sequence[Result] = ()
-            began = time.perf_counter()
+            began = self._under_way[threading.get_ident()] = time.perf_counter()
             try:
                 results = self._run([entry.item for entry in entries])
                 assert len(results) == len(entries), f"{len(results)} results for {len(entries)} items"
                 ended = time.perf_counter()
                 for entry in entries:
                     entry.began, entry.ended = began, ended
-                self.batches += 1
                 if self._observe is not None:
                     waited = [began - entry.since for entry in entries]
                     self._observe(waited, ended - began, self._waiting.qsize())
             except BaseException as raised:  # the batch's own; the next one starts afresh
                 error = raised
+            del self._under_way[threading.get_ident()]
             try:
-                self._loop.call_soon_threadsafe(_deliver, entries, results, error)
+                self._loop.call_soon_threadsafe(self._deliver, entries, results, error)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 return
 
@@ -99,6 +107,7 @@ class BatchQueue(Generic[Item, Result]):
         """At least one entry, waiting for it; none once closed."""
         first = self._waiting.get()
         if first is None:
+            self._waiting.put(None)  # for the other threads
             return []
         batch = [first]
         while len(batch) < self._max_batch_size:
@@ -112,12 +121,14 @@ class BatchQueue(Generic[Item, Result]):
             batch.append(entry)
         return batch
 
-
-def _deliver(entries: list[_Entry[Item, Result]], results: Sequence[Result], error: BaseException | None) -> None:
-    for i, entry in enumerate(entries):
-        if entry.future.done():  # cancelled meanwhile
-            continue
-        if error is None:
-            entry.future.set_result(results[i])
-        else:
-            entry.future.set_exception(error)
+    def _deliver(
+        self, entries: list[_Entry[Item, Result]], results: Sequence[Result], error: BaseException | None
+    ) -> None:
+        self.batches += error is None
+        for i, entry in enumerate(entries):
+            if entry.future.done():  # cancelled meanwhile
+                continue
+            if error is None:
+                entry.future.set_result(results[i])
+            else:
+                entry.future.set_exception(error)

@@ -44,16 +44,22 @@ class Endpoints:
 
     Args:
         name: of the model.
-        predictor: whose `predict` runs in a thread of its own.
+        predictor: whose `predict` runs in threads of its own, as many as there are `workers`.
     """
 
     def __init__(
-        self, name: str, predictor: Predictor, metrics: ReplicaMetrics, max_batch_size: int, max_body_bytes: int
+        self,
+        name: str,
+        predictor: Predictor,
+        metrics: ReplicaMetrics,
+        max_batch_size: int,
+        max_body_bytes: int,
+        workers: int = 1,
     ):
         self.name, self.metrics, self.max_body_bytes = name, metrics, max_body_bytes
         self.predictor: Any = predictor  # what one prepares, the other does not take
         self.metadata: Artifact = predictor.metadata
-        self.batches: BatchQueue[Any, Any] = BatchQueue(self.predictor.predict, max_batch_size, metrics.batch)
+        self.batches: BatchQueue[Any, Any] = BatchQueue(predictor.predict, max_batch_size, metrics.batch, workers)
         self._decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
         self._classifiers = Classifiers()
 
