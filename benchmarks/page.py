@@ -71,7 +71,7 @@ def _section(
     if run["problem"]:
         yield from (f"**This part failed: {run['problem']}.**", "")
     if result:
-        yield from (module.markdown(result), "")
+        yield from (module.markdown(result).strip(), "")
         for picture, text in draw(part.module, name, result, beside / PICTURES):
             yield from (f"![{text}]({(PICTURES / picture.name).as_posix()})", "")
 

@@ -35,7 +35,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 PARTS = {
-    "backbones": Part("backbones", "Backbones", quick=_words("--models cspresnet50 --rounds 1")),
+    "backbones": Part("backbones", "Backbones", quick=_words("--models cspresnet50 resnet50 --rounds 1 --no-compile")),
     "imagenet": Part(
         "imagenet_eval", "ImageNet evaluation and training", quick=_words("--models cspresnet50 --images 8 --rounds 1"),
     ),
@@ -48,7 +48,8 @@ PARTS = {
     ),
     "export": Part("export", "Artefacts", quick=_words("--models cspresnet10 --rounds 1 --no-compile")),
     "roofline": Part(
-        "roofline", "Roofline", quick=_words("--models cspresnet10 --batch-sizes 1 --rounds 1 --no-compile")
+        "roofline", "Roofline", _words("--batch-sizes 1 8"),
+        quick=_words("--models cspresnet10 --batch-sizes 1 --rounds 1 --no-compile")
     ),
     "sweep": Part("sweep", "Export of every network", quick=_words("cspresnet10 fcos_cspresnet10_fpn")),
     "serving": Part("serving", "The service", quick=_words("--rounds 1 --seconds 1 --models cspresnet50 --peers")),
@@ -61,7 +62,7 @@ PARTS = {
 GPU_PARTS = {
     "gpu_artefacts": Part(
         "gpu", "A classifier's artefacts on the GPU", _words("--models cspresnet50 --batch-sizes 1 8 64 --rounds 2"),
-        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 200,
+        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 230,
     ),
     "gpu_detector": Part(
         "gpu", "A detector's artefacts on the GPU",
@@ -70,8 +71,9 @@ GPU_PARTS = {
         60,
     ),
     "gpu_roofline": Part(
-        "roofline", "Roofline of the GPU", _words("--models cspresnet50 cspdarknet50 --device cuda --rounds 2"),
-        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --device cpu --no-compile"), 70,
+        "roofline", "Roofline of the GPU",
+        _words("--models cspresnet50 cspdarknet50 --device cuda --rounds 2 --no-compile"),
+        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --device cpu --no-compile"), 50,
     ),
     "gpu_detection": Part(
         "detection", "Detectors on the GPU", _words("--models cspresnet50 --device cuda --rounds 2"),
@@ -85,7 +87,7 @@ GPU_PARTS = {
     "gpu_batch": Part(
         "batch", "The batch job on the GPU",
         _words("--models cspresnet50 --rounds 1 --actors 1 --images 2048 --provider cuda"),
-        _words("--models cspresnet50 --rounds 1 --actors 1 --images 64"), 60,
+        _words("--models cspresnet50 --rounds 1 --actors 1 --images 64"), 50,
     ),
 }  # fmt: skip
 

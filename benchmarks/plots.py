@@ -84,6 +84,42 @@ def median(turns: Sequence[Any], *keys: str) -> float:
     return statistics.median(map(value, turns))
 
 
+def accuracies(result: Result) -> Figure | None:
+    """Published top-1 over the images a second of onnxruntime in batches, and over the multiply-adds that it took"""
+    points = []
+    for name, figures in result["models"].items():
+        speeds = {(row["runtime"], row["batch"]): row["images_per_s"][name] for row in figures["speeds"]}
+        speed = max(((batch, value) for (runtime, batch), value in speeds.items() if runtime == "onnxruntime"))[1]
+        if figures["published"]:
+            best = max(figures["published"], key=lambda figure: figure["top1"])
+            points.append((name, best["top1"], speed, best["gmacs"]))
+    if not points:
+        return None
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    size = result["settings"]["size"]
+    for axes, column, label in (
+        (panels[0], 2, f"images a second at {size}²"), (panels[1], 3, "GMACs at the size it was published for"),
+    ):  # fmt: skip
+        for i, point in enumerate(points):
+            axes.plot(point[column], point[1], "o", color=f"C{i % 10}", label=point[0])
+        _logarithmic(axes, "x")
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("top-1, %, published by others")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def speeds(result: Result) -> Figure:
+    """Images a second of each network in the largest batch, by runtime"""
+    most = max(row["batch"] for figures in result["models"].values() for row in figures["speeds"])
+    rows = {
+        name: {row["runtime"]: row["images_per_s"][name] for row in figures["speeds"] if row["batch"] == most}
+        for name, figures in result["models"].items()
+    }
+    return bars(rows, f"images a second, batch {most}")
+
+
 def ratios(result: Result) -> Figure:
     """The speed of the artefact in onnxruntime over the others', by model and batch size: 1 is as fast"""
     rows = {
@@ -235,6 +271,7 @@ def roof(result: Result) -> Figure:
 
 
 PLOTS: dict[str, tuple[Plot, ...]] = {
+    "backbones": (accuracies, speeds),
     "export": (ratios,),
     "imagenet_eval": (evaluations,),
     "detection": (detectors,),

@@ -36,7 +36,15 @@ BARE = {
 TASK = turns("ours", "torchvision") | {"ratios": {"time": 0.9, "gmacs": 1.0, "time_over_gmacs": 0.9}, "met": True}
 KILLED = {"recovered_s": None, "lost": {"ReadError": 3}, "library": {}}
 FORM = turns("batched", "list") | {"detections": 5, "shared": 5, "met": True}
+NETWORK = {
+    "params": 20.0, "gmacs": 3.0, "published": [{"by": "timm", "size": 256, "top1": 79.5, "gmacs": 4.0}],
+    "speeds": [
+        {"runtime": runtime, "batch": batch} | turns("m", "resnet50")
+        for runtime in ("eager", "onnxruntime") for batch in (1, 8)
+    ],
+}  # fmt: skip
 RESULTS = {
+    "backbones": {"settings": {"size": 224}, "models": {"m": NETWORK}},
     "imagenet_eval": {"models": {"m": dict.fromkeys(("evaluation", "training"), turns("ours", "timm"))}},
     "detection": {"peer": {"b": {"training": TASK, "inference": TASK}}, "forms": {"fcos": FORM}},
     "coco_metric": {
@@ -46,7 +54,7 @@ RESULTS = {
     "export": {
         "gflops": 100.0,
         "models": {"m": {
-            "gmacs": 1.0, "operators": {"float": {"Conv": 0.9, "Add": 0.1}},
+            "gmacs": 1.0, "plain": [], "operators": {"float": {"Conv": 0.9, "Add": 0.1}},
             "batches": {"1": turns("onnxruntime", "OpenVINO", "eager")},
         }},
     },
@@ -74,7 +82,7 @@ RESULTS = {
     "batch": {"models": {"m": {
         "images_per_s": {"loop, batch 1, 1 decoding": 20.0, "job, 1 actor": 19.0},
         "best_loop": "loop, batch 1, 1 decoding", "over_the_loop": {"job, 1 actor": 0.95},
-        "start_s": {"job, 1 actor": 6.0},
+        "over_the_loader": {"job, 1 actor": 1.2}, "start_s": {"job, 1 actor": 6.0},
     }}},
     "batch_memory": {"jobs": [{
         "images": 100, "seconds": 9.0, "images_per_s": 30.0, "job_mib": 300, "largest_worker_mib": 200, "all_mib": 900,
