@@ -177,7 +177,7 @@ def three(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     return {
         "fails": Part("fails", "Fails"),
-        "hangs": Part("hangs", "Hangs", limit_s=1),
+        "hangs": Part("hangs", "Hangs", limit_s=1 / parts.PATIENCE),
         "works": Part("works", "Works", ("--rounds", "5"), quick=("--rounds", "1")),
     }
 
