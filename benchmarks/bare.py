@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from serving.predictor import create_predictor
-from serving.runtime import OnnxModel, usable_cores
+from serving.runtime import OnnxModel, Provider, usable_cores
 
 BATCH = 8
 Loop = Callable[[float], float]  # seconds to images/s
 
 
-def loops(artifact: Path, picture: bytes) -> dict[str, Loop]:
+def loops(artifact: Path, picture: bytes, provider: Provider = "cpu") -> dict[str, Loop]:
     """By name; the best of them is the bar."""
     cores = usable_cores()
-    wide = cast(Any, create_predictor(OnnxModel(artifact, "cpu", cores)))
-    narrow = cast(Any, create_predictor(OnnxModel(artifact, "cpu", 1)))
+    wide = cast(Any, create_predictor(OnnxModel(artifact, provider, cores)))
+    narrow = cast(Any, create_predictor(OnnxModel(artifact, provider, 1)))
 
     def serial(seconds: float) -> float:
         return _rate(lambda: len(wide.predict([wide.prepare(picture)])), seconds)
@@ -54,9 +54,9 @@ def loops(artifact: Path, picture: bytes) -> dict[str, Loop]:
     return {"serial": serial, "overlapped": overlapped, "side by side": side_by_side}
 
 
-def latency_ms(artifact: Path, picture: bytes, seconds: float) -> float:
+def latency_ms(artifact: Path, picture: bytes, seconds: float, provider: Provider = "cpu") -> float:
     """The median of one picture after the other, on all cores."""
-    predictor = cast(Any, create_predictor(OnnxModel(artifact, "cpu")))
+    predictor = cast(Any, create_predictor(OnnxModel(artifact, provider)))
     taken: list[float] = []
 
     def one() -> int:

@@ -24,6 +24,7 @@ from PIL import Image
 from backbones.cli import at_least
 from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
+from benchmarks.contest import table
 from benchmarks.export import random_classifier
 from serving.export import run_export
 from serving.jobs.results import iter_rows
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw(root / str(count), count)
             result["jobs"].append({"images": count} | watch(root, count, args.actors))
             print(json.dumps(result["jobs"][-1]), flush=True)
+    print(markdown(result))
     if args.json:
         write_json(args.json, result)
 
@@ -110,6 +112,14 @@ def pss(pid: int) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row a job; memory in MiB."""
+    head = ["images", "s", "images/s", "the job", "its largest process", "all processes"]
+    keys = ("seconds", "images_per_s", "job_mib", "largest_worker_mib", "all_mib")
+    rows = [[str(job["images"]), *(f"{job[key]:.0f}" for key in keys)] for job in result["jobs"]]
+    return "\n".join(table(head, rows))
 
 
 if __name__ == "__main__":

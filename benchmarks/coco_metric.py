@@ -28,6 +28,7 @@ from pycocotools.cocoeval import COCOeval
 from backbones.cli import at_least
 from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
+from benchmarks.contest import table
 from detection.coco_eval import FIGURES, Row, evaluate, to_results
 
 WIDTH, HEIGHT = 640, 480
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "times_as_fast": statistics.median(ratios), "largest_difference": difference,
         "figures": {name: figures["pycocotools"][name] for name in FIGURES},
     }  # fmt: skip
-    print(json.dumps(result, indent=1))
+    print(markdown(result))
     if args.json:
         write_json(args.json, result)
     if difference > TOLERANCE:
@@ -126,6 +127,16 @@ def synthetic(
     listed = [{"id": i + 1, "file_name": f"{i + 1}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(images)]
     names = [{"id": i, "name": f"class {i}"} for i in ids]
     return {"images": listed, "annotations": annotations, "categories": names}, results
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Seconds of each, their ratio, and how far the figures are apart."""
+    head = ["images", "objects", "detections", "fast, s", "pycocotools, s", "times as fast", "largest difference"]
+    said, seconds = result["settings"], result["seconds"]
+    counts = (str(count) for count in (said["images"], said["objects"], said["images"] * said["detections"]))
+    took = (f"{seconds[name]:.2f}" for name in ("fast", "pycocotools"))
+    row = [*counts, *took, f"{result['times_as_fast']:.1f}", f"{result['largest_difference']:.1e}"]
+    return "\n".join(table(head, [row]))
 
 
 def _boxes(rng: np.random.Generator, count: int) -> Any:

@@ -1,9 +1,10 @@
-"""The service against a bare onnxruntime loop and against other servers, on this machine's CPU.
+"""The service against a bare onnxruntime loop and against other servers.
 
-    python -m benchmarks.serving [--parts bare peers] [--rounds 3] [--seconds 4] [--peers LitServe …] [--json FILE]
+    python -m benchmarks.serving [--parts bare peers] [--rounds 3] [--seconds 4] [--peers LitServe …] [--provider cpu]
+        [--json FILE]
 
 bare: a classifier (cspresnet50 at 256², a photograph-sized JPEG) and a detector at saturation and with one client,
-against the best of three loops that decode and run the same JPEG in one process without HTTP.
+against the best of three loops that decode and run the same JPEG in one process without HTTP, both on `--provider`.
 
 peers: a model that costs nothing and a small picture, so that what is measured is the server: this project's at its
 defaults, Ray Serve at its, LitServe, BentoML, and FastAPI on uvicorn (`benchmarks/peers/`), each on the same artefact.
@@ -39,10 +40,11 @@ from benchmarks.export import random_classifier, random_detector
 from benchmarks.load import load
 from serving.artifact import ClassifierArtifact, Parity, write_artifact
 from serving.export import run_export
+from serving.sessions.providers import ON_GPU, PROVIDERS
 
 CLASSIFIER, DETECTOR, NOTHING = "cspresnet50", "fcos_cspresnet10_fpn", "nothing"
 SATURATING = 32  # clients
-CLIENTS = (1, 8, 32, 128)
+CLIENTS = ("1", "8", "32", "128")
 OURS = "cspnet"
 Figures = dict[str, Any]
 
@@ -54,17 +56,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=at_least(1), default=4, help="of each measurement")
     parser.add_argument("--peers", nargs="*", choices=servers.PEERS, default=list(servers.PEERS))
     parser.add_argument("--models", nargs="+", choices=(CLASSIFIER, DETECTOR), default=(CLASSIFIER, DETECTOR))
+    parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="of the part bare")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     result: Figures = {"settings": vars(args) | {"json": None}, "versions": versions("ray", "onnxruntime-gpu")}
     with tempfile.TemporaryDirectory() as folder:
         if "bare" in args.parts:
             result["bare"] = against_bare(args, Path(folder))
-            print("\n".join(bare_table(result["bare"])), flush=True)
         if "peers" in args.parts:
             result["peers"] = against_peers(args, Path(folder))
             result["versions"] |= {name: servers.version(name) for name in args.peers}
-            print("\n".join(peers_table(result["peers"])), flush=True)
+    print(markdown(result))
     if args.json:
         write_json(args.json, result)
 
@@ -72,15 +74,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
     """By model: images/s and ms of the service and of the loops in each round."""
     picture = jpeg(folder / "photo.jpg", 640, 480)
+    body = picture.read_bytes()
     models = {name: artifact(name) for name in args.models}
+    settings: Figures = {"provider": args.provider}
+    if args.provider in ON_GPU:
+        settings["num_gpus"] = 1 / len(models)  # the models share it
     rounds: Figures = {name: [] for name in models}
     for _ in range(args.rounds):
         loops = {
-            name: {kind: loop(args.seconds) for kind, loop in bare.loops(path, picture.read_bytes()).items()}
+            name: {kind: loop(args.seconds) for kind, loop in bare.loops(path, body, args.provider).items()}
             for name, path in models.items()
         }
-        latency = {name: bare.latency_ms(path, picture.read_bytes(), args.seconds) for name, path in models.items()}
-        with servers.ours(models, folder, picture) as running:
+        latency = {name: bare.latency_ms(path, body, args.seconds, args.provider) for name, path in models.items()}
+        with servers.ours(models, folder, picture, **settings) as running:
             for name, server in running.items():
                 figures: Figures = {"loops": loops[name], "bare_ms": latency[name]}
                 figures["saturated"] = load(server.post, SATURATING, 2 * args.seconds)
@@ -115,7 +121,7 @@ def measure(server: servers.Running, seconds: float, figures: Figures) -> None:
     """One server at each number of clients."""
     figures["cold_start_s"] = server.cold_start_s
     for clients in CLIENTS:
-        figures["clients"][clients] = load(server.post, clients, seconds)
+        figures["clients"][clients] = load(server.post, int(clients), seconds)
     figures["memory_mb"] = server.memory_mb()
 
 
@@ -165,6 +171,12 @@ def jpeg(path: Path, width: int, height: int) -> Path:
     return path
 
 
+def markdown(result: Figures) -> str:
+    """A table of each part that was measured."""
+    tables = {"bare": bare_table, "peers": peers_table}
+    return "\n\n".join("\n".join(tables[part](result[part])) for part in tables if part in result)
+
+
 def bare_table(rounds: Figures) -> list[str]:
     head = ["model", "images/s", "best loop", "share", "p50 of one client, ms", "bare, ms", "more, ms"]
     rows = []
@@ -188,12 +200,13 @@ def bare_table(rounds: Figures) -> list[str]:
 
 def peers_table(rounds: Figures) -> list[str]:
     """Requests/s with p50 and p99 at each number of clients; and how many times each server's is ours."""
-    head = ["server", *(f"{clients} clients: req/s, p50 / p99 ms" for clients in CLIENTS)]
+    measured = list(rounds[OURS][0]["clients"])
+    head = ["server", *(f"{clients} clients: req/s, p50 / p99 ms" for clients in measured)]
     head += ["ours over it", "errors", "cold start, s", "memory, MB"]
     rows = []
     for name, turns in rounds.items():
         cells, ratios = [], []
-        for clients in CLIENTS:
+        for clients in measured:
             each = [turn["clients"][clients] for turn in turns]
             p50, p99 = (_median(figures[key] for figures in each) for key in ("p50_ms", "p99_ms"))
             cells.append(f"{_median(figures['requests_per_s'] for figures in each)}, {p50} / {p99}")

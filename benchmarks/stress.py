@@ -34,9 +34,10 @@ import yaml
 
 from backbones.cli import at_least
 from backbones.errors import exit_on_input_error
-from backbones.files import write_json
+from backbones.files import versions, write_json
 from benchmarks import clients, hostile
 from benchmarks.clients import Question
+from benchmarks.contest import table
 from benchmarks.processes import memory_mb, tree
 from benchmarks.serving import DETECTOR, NOTHING, artifact, jpeg
 from serving.api.schemas import classify_answer, detect_answer
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=at_least(1), default=10, help="of the soak")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
-    result: Figures = {}
+    settings = vars(args) | {"json": None}
+    result: Figures = {"settings": settings, "versions": versions("ray", "onnxruntime-gpu"), "parts": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = questions(folder)
@@ -71,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "hostile": lambda: attack(process.pid, url, asked),
                     "stop": lambda: stop(process, url, asked),
                 }[part]()
-            result[part] = took
+            result["parts"][part] = took
             print(json.dumps({part: took}, indent=1), flush=True)
+    print(markdown(result))
     if args.json:
         write_json(args.json, result)
-    broken = [f"{part}: {promise}" for part, took in result.items() for promise in took["broken"]]
+    broken = [f"{part}: {promise}" for part, took in result["parts"].items() for promise in took["broken"]]
     print("\n".join(broken) or "every promise is kept")
     sys.exit(1 if broken else 0)
 
@@ -245,6 +248,42 @@ def stop(process: subprocess.Popen[str], url: str, asked: list[Question]) -> Fig
             f"left behind: {left}": not left,
         }),
     }  # fmt: skip
+
+
+def markdown(result: Figures) -> str:
+    """A row a part: what was seen, and which promises were not kept."""
+    parts, seen = result["parts"], {}
+    if soaked := parts.get("soak"):
+        seen["soak"] = f"{soaked['answers']} answers, refused or failed {_counts(soaked['failures'])}; memory " + (
+            f"{soaked['memory_mb'][-1][1]:.0f} MB at the end, {soaked['growth']:+.1%} after the first minute"
+        )
+    if killed := parts.get("kills"):
+        seen["kills"] = "; ".join(
+            f"{name}: as fast as before after {_seconds(killed[name]['recovered_s'])}, bare clients lost "
+            f"{_counts(killed[name]['lost'])}, the library's {_counts(killed[name]['library'])}"
+            for name in VICTIMS
+        )
+    if stormed := parts.get("overload"):
+        seen["overload"] = (
+            f"{stormed['accepted']} accepted, p99 {_seconds(stormed['accepted_p99_s'])} (p50 without the storm "
+            f"{_seconds(stormed['usual_p50_s'])}); {stormed['refused']} refused, p99 "
+            f"{_seconds(stormed['refused_p99_s'])}"
+        )
+    if attacked := parts.get("hostile"):
+        before, after = attacked["memory_mb"]
+        seen["hostile"] = f"{sum(attacked['answers'].values())} requests; memory {before:.0f} to {after:.0f} MB"
+    if stopped := parts.get("stop"):
+        seen["stop"] = f"ended after {_seconds(stopped['took_s'])}, {len(stopped['left'])} processes left"
+    rows = [[part, said, "; ".join(parts[part]["broken"]) or "kept"] for part, said in seen.items()]
+    return "\n".join(table(["part", "seen", "promises"], rows))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} × {what}" for what, count in counts.items()) or "none"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{seconds:.2g} s"
 
 
 def _broken(promises: dict[str, bool]) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 
 from backbones.cli import at_least
 from backbones.errors import InputError, exit_on_input_error
-from backbones.files import write_json
+from backbones.files import versions, write_json
 from backbones.variants import VARIANTS
 from benchmarks.contest import table
 from benchmarks.export import random_classifier, random_detector
@@ -62,9 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row = {"problem": str(error)}
         rows.append({"model": name} | row)
         print(json.dumps(rows[-1]), flush=True)
-    print(markdown(rows))
+    result = {
+        "settings": vars(args) | {"json": None}, "versions": versions("torch", "onnx", "onnxruntime-gpu"), "rows": rows,
+    }  # fmt: skip
+    print(markdown(result))
     if args.json:
-        write_json(args.json, rows)
+        write_json(args.json, result)
     sys.exit(any("problem" in row for row in rows))
 
 
@@ -120,7 +123,7 @@ def check_batches(name: str, model: OnnxModel, size: int = 3) -> None:
                 raise InputError(f"{name}: {output} of image {i} are others in a batch of {size}")
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """A line a network."""
 
     def cells(row: dict[str, Any]) -> list[str]:
@@ -131,7 +134,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         took = (f"{row[key]:.0f}" for key in ("seconds", "cpu_seconds"))
         return [row["model"], *took, f"{row['megabytes']:.1f}", found, off]
 
-    return "\n".join(table(["model", "s", "CPU s", "MB", "unmatched", "largest difference"], map(cells, rows)))
+    return "\n".join(
+        table(["model", "s", "CPU s", "MB", "unmatched", "largest difference"], map(cells, result["rows"]))
+    )
 
 
 if __name__ == "__main__":
