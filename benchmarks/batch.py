@@ -46,13 +46,14 @@ from serving.jobs.results import to_table
 from serving.jobs.worker import predict_files
 from serving.predictor import create_predictor, prepare
 from serving.ray_start import start_ray
-from serving.runtime import OnnxModel, usable_cores
+from serving.runtime import OnnxModel, Provider, usable_cores
+from serving.sessions.providers import ON_GPU, ort_providers
 from serving.shapes import background
 
 MODELS = ("cspresnet50", "fcos_cspresnet50_fpn")
 SIZE = (500, 375)  # of the drawn files, pixels: ImageNet's mean
 BATCH = 8
-LOOPS = [(batch, decoders) for batch in (1, BATCH) for decoders in (1, 2)]
+LOOPS = [(batch, decoders) for batch in (1, BATCH) for decoders in (1, 2)]  # on all cores
 WORKERS = (1, 2)  # of the DataLoader
 PEERS = ("loop", "DataLoader")  # how their names begin
 
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--actors", nargs="+", type=at_least(1), default=(1, 2))
     parser.add_argument("--decode", nargs="+", choices=("actors", "tasks"), default=("actors",))
+    parser.add_argument("--provider", choices=("cpu", *ON_GPU), default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     result: dict[str, Any] = {
@@ -107,16 +109,17 @@ def race(name: str, root: Path, args: argparse.Namespace) -> dict[str, Any]:
     for turn in range(args.rounds):
         for batch, decoders in LOOPS:
             speeds.setdefault(f"loop, batch {batch}, {decoders} decoding", []).append(
-                bare_loop(artifact, said, paths, batch, decoders)
+                bare_loop(artifact, said, paths, batch, decoders, args.provider)
             )
+        speeds.setdefault("loop, a core an image", []).append(side_by_side(artifact, said, paths, args.provider))
         for workers in WORKERS:
             key = f"DataLoader, {workers} worker{'s' if workers > 1 else ''}"
-            speed, start = data_loader(artifact, said, paths, workers)
+            speed, start = data_loader(artifact, said, paths, workers, args.provider)
             speeds.setdefault(key, []).append(speed)
             starts.setdefault(key, []).append(start)
         for decode, actors in jobs:
             key = f"job, {actors} actor{'s' if actors > 1 else ''}, decode in {decode}"
-            speed, start = run_job(artifact, root, f"{name}-{turn}-{decode}-{actors}", decode, actors)
+            speed, start = run_job(artifact, root, f"{name}-{turn}-{decode}-{actors}", decode, actors, args.provider)
             speeds.setdefault(key, []).append(speed)
             starts.setdefault(key, []).append(start)
     medians = {key: statistics.median(values) for key, values in speeds.items()}
@@ -128,7 +131,7 @@ def race(name: str, root: Path, args: argparse.Namespace) -> dict[str, Any]:
         "over_the_loader": {key: statistics.median(over(speeds[key], speeds[loader])) for key in starts},
         "spread": {key: [min(ratios[key]), max(ratios[key])] for key in starts},
         "start_s": {key: statistics.median(values) for key, values in starts.items()},
-        "stages_ms": stages(artifact, paths[: 8 * BATCH], root / f"{name}-stages"),
+        "stages_ms": stages(artifact, paths[: 8 * BATCH], root / f"{name}-stages", args.provider),
     }  # fmt: skip
 
 
@@ -137,9 +140,11 @@ def over(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
-def bare_loop(path: Path, said: Artifact, paths: Sequence[Path], batch: int, decoders: int) -> float:
+def bare_loop(
+    path: Path, said: Artifact, paths: Sequence[Path], batch: int, decoders: int, provider: Provider
+) -> float:
     """Images a second of a loop that keeps nothing but the outputs, after a first batch."""
-    session = open_session(path)
+    session = open_session(path, provider)
     predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
 
     def batches(pool: ThreadPoolExecutor) -> Iterator[list[Any]]:
@@ -162,6 +167,23 @@ def bare_loop(path: Path, said: Artifact, paths: Sequence[Path], batch: int, dec
         return images / (time.perf_counter() - start)
 
 
+def side_by_side(path: Path, said: Artifact, paths: Sequence[Path], provider: Provider) -> float:
+    """Images a second of as many threads as there are cores, each of which decodes and runs an image in a session of
+    one thread, after a first image of each.
+    """
+    session, cores = open_session(path, provider, threads=1), usable_cores()
+    predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
+
+    def whole(file: Path) -> Any:
+        return session.run(None, predictor.inputs([prepare(file, said)]))
+
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(whole, paths[:cores]))
+        start = time.perf_counter()
+        kept = list(pool.map(whole, paths[cores:]))
+        return len(kept) / (time.perf_counter() - start)
+
+
 class Prepared(Dataset[Any]):
     """Images as the artefact's predictor takes them."""
 
@@ -175,7 +197,9 @@ class Prepared(Dataset[Any]):
         return prepare(self.paths[index], self.said)
 
 
-def data_loader(path: Path, said: Artifact, paths: Sequence[Path], workers: int) -> tuple[float, float]:
+def data_loader(
+    path: Path, said: Artifact, paths: Sequence[Path], workers: int, provider: Provider
+) -> tuple[float, float]:
     """Images a second after the first batch, and seconds until that was run."""
     predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
 
@@ -183,7 +207,7 @@ def data_loader(path: Path, said: Artifact, paths: Sequence[Path], workers: int)
         return {name: torch.from_numpy(value) for name, value in predictor.inputs(prepared).items()}
 
     began, start, images, kept = time.perf_counter(), 0.0, 0, []
-    session = open_session(path)
+    session = open_session(path, provider)
     loader = DataLoader(
         Prepared(paths, said), BATCH, num_workers=workers, collate_fn=collate, multiprocessing_context="fork"
     )
@@ -196,30 +220,37 @@ def data_loader(path: Path, said: Artifact, paths: Sequence[Path], workers: int)
     return images / (time.perf_counter() - start), start - began
 
 
-def open_session(path: Path) -> Any:
+def open_session(path: Path, provider: Provider, threads: int | None = None) -> Any:
     """onnxruntime's own, on all cores."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads or usable_cores()
+    if provider == "cpu":
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    ort.preload_dlls()
+    return ort.InferenceSession(str(path), options, providers=ort_providers(provider, None, None, False))
 
 
-def run_job(artifact: Path, root: Path, name: str, decode: str, actors: int) -> tuple[float, float]:
-    """Images a second after the first chunk, and seconds until that came."""
+def run_job(artifact: Path, root: Path, name: str, decode: str, actors: int, provider: Provider) -> tuple[float, float]:
+    """Images a second from the first chunk's begin to the last one's end, and seconds until that begin."""
     config = BatchConfig.model_validate({
         "input": str(root / "images"), "output": str(root / name), "decode": decode, "batch_size": BATCH,
-        "actors": {"min_actors": actors}, "models": [{"name": "m", "artifact": str(artifact)}],
+        "actors": {"min_actors": actors, "num_gpus": 1 / actors if provider in ON_GPU else 0},
+        "models": [{"name": "m", "artifact": str(artifact), "provider": provider}],
     })  # fmt: skip
     summary = run_batch(config)
     return summary["images_per_s"], summary["start_s"]
 
 
-def stages(artifact: Path, paths: Sequence[Path], folder: Path) -> dict[str, float]:
-    """Milliseconds an image."""
-    predictor = create_predictor(OnnxModel(artifact, "cpu"))
+def stages(artifact: Path, paths: Sequence[Path], folder: Path, provider: Provider) -> dict[str, float]:
+    """Milliseconds an image: of one core to decode it, to run it on the CPU, and to write its row; on a GPU the run's
+    are the GPU's, of full batches.
+    """
+    predictor = create_predictor(OnnxModel(artifact, provider, threads=1))
+    batch = BATCH if provider in ON_GPU else 1
     said = predictor.metadata
     files = [File(path.name, str(path).encode()) for path in paths]
     prepared, decode_ms = timed(lambda: [prepare(path, said) for path in paths])
-    _, run_ms = timed(lambda: [predictor.predict(prepared[i : i + BATCH]) for i in range(0, len(paths), BATCH)])
+    _, run_ms = timed(lambda: [predictor.predict(prepared[i : i + batch]) for i in range(0, len(paths), batch)])
     with ThreadPoolExecutor(1) as pool:
         rows = [row for (some,) in predict_files([predictor], files, BATCH, pool) for row in some]
     output = Output(folder, ["m"], len(rows))

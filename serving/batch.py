@@ -14,6 +14,7 @@ image twice; hold all finished ids in memory; and do not say which artefact and 
 import contextlib
 import gc
 import itertools
+import math
 import os
 import time
 import warnings
@@ -33,7 +34,7 @@ from serving.jobs.exports import check_export, write_export
 from serving.jobs.inputs import list_files
 from serving.jobs.parts import INPUTS, LISTED, Output, room_on_disk, write_list
 from serving.jobs.report import check_labels, check_truth, write_report
-from serving.jobs.worker import BatchWorker, Decoder, Lister, WorkerModel, result_of
+from serving.jobs.worker import BatchWorker, Chunk, Decoder, Lister, WorkerModel, result_of
 from serving.predictor import create_predictor
 from serving.ray_start import start_ray
 from serving.runtime import OnnxModel
@@ -103,8 +104,8 @@ def _open(config: BatchConfig, index: int) -> Opened:
 
 
 def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, images: int) -> dict[str, Any]:
-    """Make the parts that are missing. How that went: images, seconds to the first chunk, which is the start of Ray
-    and of the actors, and images a second after it.
+    """Make the parts that are missing. How that went: images, seconds until a worker began the first, which is the
+    start of Ray and of the actors, and images a second from there to the end of the last.
     """
     done = output.parts_done()
     first = min(images, done * config.part_rows)
@@ -112,15 +113,14 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
     errors = sum(map(output.errors_in, range(done)))
     tally = Tally(config, first, errors)
     if first < images:
-        started = time.perf_counter()
+        started = time.time()
         with progress(total=images, initial=first, desc="batch", unit="image") as bar, _ray():
             bar.set_postfix(errors=errors, refresh=False)
             results = _stream(config, models, output.folder.absolute() / INPUTS, first, images)
             with contextlib.closing(results):
-                first_s, first_images = _write(results, output, done, tally, bar)
+                began, ended = _write(results, output, done, tally, bar)
             assert bar.n == images, f"{images} images went in and {bar.n} came out"
-            seconds, later = time.perf_counter() - first_s, images - first - first_images
-        ready |= {"start_s": first_s - started, "images_per_s": later / seconds if later else None}
+        ready |= {"start_s": began - started, "images_per_s": (images - first) / (ended - began)}
     return ready | {"errors": tally.errors}
 
 
@@ -155,12 +155,10 @@ class Tally:
             )
 
 
-def _write(
-    results: Iterator[list[pa.Table]], output: Output, part: int, tally: Tally, bar: "tqdm[Any]"
-) -> tuple[float, int]:
-    """Write parts as the chunks come, from number `part` on; when the first chunk came, and its images."""
+def _write(results: Iterator[Chunk], output: Output, part: int, tally: Tally, bar: "tqdm[Any]") -> tuple[float, float]:
+    """Write parts as the chunks come, from number `part` on; when the first was begun and the last ended."""
     waiting: list[list[pa.Table]] = []
-    rows, start = 0, (0.0, 0)
+    rows, first, last = 0, math.inf, 0.0
 
     def flush(count: int) -> None:
         nonlocal waiting, rows, part
@@ -168,9 +166,8 @@ def _write(
         output.write(part, [table.slice(0, count) for table in whole])
         waiting, rows, part = [[table.slice(count) for table in whole]], rows - count, part + 1
 
-    for tables in results:
-        if not start[0]:
-            start = time.perf_counter(), len(tables[0])
+    for tables, began, ended in results:
+        first, last = min(first, began), max(last, ended)
         tally.add(tables)
         waiting.append(tables)
         rows += len(tables[0])
@@ -180,7 +177,7 @@ def _write(
             flush(output.rows)
     if rows:
         flush(rows)
-    return start
+    return first, last
 
 
 @contextlib.contextmanager
@@ -205,8 +202,8 @@ def chunk_size(config: BatchConfig, images: int) -> int:
 
 def _stream(
     config: BatchConfig, models: Sequence[Opened], inputs: Path, first: int, images: int
-) -> Generator[list[pa.Table], None, None]:
-    """The tables of each chunk from image `first` on, in order."""
+) -> Generator[Chunk, None, None]:
+    """The chunks from image `first` on, in order."""
     import ray
     from ray.exceptions import RayError, RayTaskError
     from ray.util.annotations import RayDeprecationWarning

@@ -197,7 +197,7 @@ def contact_sheet(output: Output, model: Path, artifact: Artifact, images: int) 
 def _page(config: BatchConfig, output: Output, summary: Mapping[str, Any]) -> str:
     speed = ""
     if summary["images_per_s"]:
-        speed = f" The first came after {summary['start_s']:.1f} s, then {summary['images_per_s']:.1f} a second."
+        speed = f" The first began after {summary['start_s']:.1f} s, then {summary['images_per_s']:.1f} a second."
     parts = [
         page.paragraph(
             f"{summary['images']} images of {config.input}, {summary['errors']} with an error. The last start "

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -157,6 +157,14 @@ class WorkerModel:
     sha256: str
 
 
+class Chunk(NamedTuple):
+    """A table a model, and when the worker began and ended them, in seconds since the epoch."""
+
+    tables: list[pa.Table]
+    began: float
+    ended: float
+
+
 class BatchWorker:
     """The models in a Ray actor: a chunk of images in, a list with the table of each model out.
 
@@ -178,12 +186,14 @@ class BatchWorker:
         self.pool = ThreadPoolExecutor(cores if on_gpu else threads, thread_name_prefix="images")
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # of a generator Ray Data hands on errors as they are
+        began = time.time()
         files, prepared = _value_of(table)
         rows: list[list[Row]] = [[] for _ in self.predictors]
         for batch in self._predict(files, prepared):
             for all_rows, some in zip(rows, batch, strict=True):
                 all_rows += some
-        yield _row_of([self._table(i, files, rows[i]) for i in range(len(rows))])
+        tables = [self._table(i, files, rows[i]) for i in range(len(rows))]
+        yield _row_of(Chunk(tables, began, time.time()))
 
     def _predict(self, files: Sequence[File], prepared: Sequence[Prepared] | None) -> Iterator[list[list[Row]]]:
         if self.side_by_side:
@@ -215,9 +225,11 @@ def _drawn(file: File, row: Row, artifact: Artifact) -> bytes | None:
     return buffer.getvalue()
 
 
-def result_of(row: Any) -> list[pa.Table]:
-    """What the worker made of a chunk: a table a model."""
-    return list(_value_of(row))
+def result_of(row: Any) -> Chunk:
+    """What the worker made of a chunk."""
+    found = _value_of(row)
+    assert isinstance(found, Chunk)
+    return found
 
 
 def local_file(path: Path, name: str | None = None) -> File:
