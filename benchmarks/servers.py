@@ -31,6 +31,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cspnet
 COMMON = ("onnxruntime", "pillow", "numpy")
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 20
+SETTLE_S = 10  # Ray's own processes are busy for some seconds after they have started
 FORM = "multipart/form-data; boundary=cspnet"
 
 
@@ -151,7 +152,9 @@ def _started(
             if process.poll() is not None or time.monotonic() - began > START_TIMEOUT_S:
                 raise InputError(f"{' '.join(command)} does not serve: {log.read_text()[-2000:]}")
             time.sleep(0.05)
-        yield process.pid, time.monotonic() - began
+        cold_start_s = time.monotonic() - began
+        time.sleep(SETTLE_S)
+        yield process.pid, cold_start_s
     finally:
         below = tree(process.pid)
         process.send_signal(signal.SIGTERM)
