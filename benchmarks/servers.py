@@ -31,7 +31,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cspnet
 COMMON = ("onnxruntime", "pillow", "numpy")
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 20
-SETTLE_S = 10  # Ray's own processes are busy for some seconds after they have started
+SETTLE_S = 15  # Ray's own processes are busy for some seconds after they have started
 FORM = "multipart/form-data; boundary=cspnet"
 
 
