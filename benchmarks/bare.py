@@ -1,11 +1,11 @@
 """Loops of decoding and onnxruntime in one process, without HTTP: what a server is held against."""
 
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,17 +39,9 @@ def loops(artifact: Path, picture: bytes, provider: Provider = "cpu") -> dict[st
 
     def side_by_side(seconds: float) -> float:
         """A thread a core does all of a picture, in a session of one thread."""
-        rates: list[float] = []
-
-        def work() -> None:
-            rates.append(_rate(lambda: len(narrow.predict([narrow.prepare(picture)])), seconds))
-
-        threads = [threading.Thread(target=work) for _ in range(cores)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sum(rates)
+        with ThreadPoolExecutor(cores) as pool:
+            work = partial(_rate, lambda: len(narrow.predict([narrow.prepare(picture)])))
+            return sum(pool.map(work, [seconds] * cores))
 
     return {"serial": serial, "overlapped": overlapped, "side by side": side_by_side}
 
