@@ -4,14 +4,15 @@
 
 Side by side in one run: in every round the loop and the job have their turns on the same JPEG files, and the ratios
 are medians over the rounds. The loop is one process with an onnxruntime session of its own and no Ray: threads decode
-the next batches while one runs. It goes with batches of 1 and 8 and with 1 and 2 decoding threads; the job is held
-against the best of these, and against the best of PyTorch's DataLoader, whose workers decode for the same session in
-batches of 8. The job's speed is of its images after the first chunk: what comes before, the start of Ray and of the
-actors, or of the workers, does not grow with the images, and is stated in seconds. Two actors have half of the cores
-each.
+the next batches while one runs, with batches of 1 and 8 and with 1 and 2 decoding threads; or a thread a core does all
+of an image in a session of one thread. The job is held against the best of these, and against the best of PyTorch's
+DataLoader, whose workers decode for a session on all cores in batches of 8. Speeds of the peers are of the images after
+the first batch, the job's of all images, from the begin of the first to the end of the last: what comes before, the
+start of Ray and of the actors, or of the workers, does not grow with the images, and is stated in seconds. Two actors
+have half of the cores each.
 
-The stages are measured on the way: what one core needs to read, decode and resize an image; what all cores need to run
-it; what one core needs to write its row. docs/batch.md computes from these what a cluster does.
+The stages are measured on the way: what one core needs to read, decode and resize an image, to run it, and to write its
+row; on a GPU, what that needs to run it. docs/batch.md computes from these what a cluster does.
 """
 
 import argparse
@@ -221,7 +222,7 @@ def data_loader(
 
 
 def open_session(path: Path, provider: Provider, threads: int | None = None) -> Any:
-    """onnxruntime's own, on all cores."""
+    """onnxruntime's own, on all cores unless it is told."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     if provider == "cpu":
