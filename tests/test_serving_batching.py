@@ -3,9 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
+from serving import app
 from serving.service.batching import BatchQueue
 
 
@@ -170,5 +172,41 @@ def test_workers_share_what_waits_and_the_longest_run_is_known() -> None:
         assert queue.batches == 3 and queue.longest_run_s() == 0
         await queue.close()
         assert not any(thread.name == "batches" for thread in threading.enumerate())
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_hangs_beside_others_fails_the_health_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica's, of nothing but its queue; item 0 takes until it is let."""
+
+    async def scenario() -> None:
+        entered, let = threading.Event(), threading.Event()
+
+        def run(items: Sequence[int]) -> Sequence[int]:
+            if 0 in items:
+                entered.set()
+                assert let.wait(30)
+            return items
+
+        replica: Any = object.__new__(app.ModelReplica)
+        replica.batches, replica.probe, replica.batches_seen = BatchQueue(run, 1, workers=2), 1, 0
+        await replica.check_health()
+        assert replica.batches_seen == 1  # the probe's
+        hanging = asyncio.create_task(replica.batches.submit(0))
+        assert await asyncio.to_thread(entered.wait, 10)
+        assert await replica.batches.submit(2) == 2
+        await replica.check_health()  # for not long yet
+        assert replica.batches_seen == 2  # no probe
+        while replica.batches.longest_run_s() <= 0.01:
+            await asyncio.sleep(0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(app, "PROBE_TIMEOUT_S", 0.01)
+            assert await replica.batches.submit(3) == 3  # what the other thread answers says nothing of this one
+            with pytest.raises(TimeoutError, match=r"a batch has been running for more than 0\.01 s"):
+                await replica.check_health()
+        let.set()
+        assert await hanging == 0
+        await replica.check_health()
+        await replica.batches.close()
 
     asyncio.run(scenario())

@@ -5,7 +5,8 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from backbones.errors import InputError
 from serving.artifact import read_whole, write_artifact
 from serving.batch import run_batch
 from serving.config import ServedModel
-from serving.runtime import OnnxModel
+from serving.runtime import OnnxModel, SideBySide
 from serving.sessions import providers
 from serving.sessions.ort import CudaGraphs
 from serving.sessions.providers import NAMES, PROVIDERS, Provider, driver_problem
@@ -214,6 +215,91 @@ def test_threads_run_at_once(tmp_path: Path, provider: Provider) -> None:
     with ThreadPoolExecutor(4) as pool:
         for found, alone in zip(pool.map(lambda batch: model.run(images=batch), batches), wanted, strict=True):
             assert_equal(found, alone)
+
+
+class Held:
+    """A session that notes its runs by name, and ends each when it is let."""
+
+    provider = "CPUExecutionProvider"
+
+    def __init__(self, name: str, ran: list[str], like: OnnxModel):
+        self.name, self.ran = name, ran
+        self.inputs, self.outputs = like.inputs, like.outputs
+        self.entered, self.let = threading.Semaphore(0), threading.Semaphore(0)
+
+    def run(self, inputs: Mapping[str, Any]) -> list[Any]:
+        self.ran.append(self.name)
+        self.entered.release()
+        assert self.let.acquire(timeout=10)
+        return [np.zeros(1)] * len(self.outputs)
+
+    def wait_entered(self) -> None:
+        assert self.entered.acquire(timeout=10)
+
+
+def test_a_lone_run_goes_wide_and_one_beside_another_narrow(classifier: Path) -> None:
+    ran: list[str] = []
+    models = [OnnxModel(classifier, "cpu", threads=1, cache=False) for _ in range(2)]
+    wide, narrow = (Held(name, ran, model) for name, model in zip(("wide", "narrow"), models, strict=True))
+    models[0]._session, models[1]._session = wide, narrow
+    model, images = SideBySide(*models), pixels(1, 8, 8, 3)
+    assert (model.sha256, model.metadata, model.provider) == (models[0].sha256, models[0].metadata, models[0].provider)
+    with ThreadPoolExecutor(3) as pool:
+        alone = pool.submit(model.run, images=images)
+        wide.wait_entered()
+        beside = [pool.submit(model.run, images=images) for _ in range(2)]
+        for _ in beside:
+            narrow.wait_entered()
+        assert ran == ["wide", "narrow", "narrow"]
+        wide.let.release()
+        alone.result()
+        beside.append(pool.submit(model.run, images=images))  # two others run still
+        narrow.wait_entered()
+        narrow.let.release(3)
+        for future in beside:
+            future.result()
+        with pytest.raises(InputError, match="takes images, not nothing"):
+            model.run()  # no longer under way, though it failed
+        again = pool.submit(model.run, images=images)
+        wide.wait_entered()
+        wide.let.release()
+        again.result()
+    assert ran == ["wide", *["narrow"] * 3, "wide"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("classifier", *FAMILIES))
+def test_runs_side_by_side_have_a_lone_ones_bits(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    wide, narrow = (OnnxModel(exported(family), "cpu", threads) for threads in (2, 1))
+    batches: list[Arrays] = []
+    for seed, (n, h, w) in enumerate(6 * [(1, 128, 128), (3, 128, 256), (1, 256, 128), (2, 128, 128)]):
+        batches.append({"images": pixels(n, h, w, 3, seed=seed)})
+        if family != "classifier":
+            batches[-1]["sizes"] = np.array([[h - 7 * i, w - 11 * i] for i in range(n)])
+    wanted = [wide.run(**batch) for batch in batches]
+    for batch, alone in zip(batches, wanted, strict=True):
+        assert_equal(narrow.run(**batch), alone)
+
+    beside: list[int] = []
+    own = narrow.run
+
+    def counted(**inputs: Any) -> dict[str, Any]:
+        beside.append(len(inputs["images"]))
+        return own(**inputs)
+
+    monkeypatch.setattr(narrow, "run", counted)
+    model, together = SideBySide(wide, narrow), threading.Barrier(4)
+
+    def run(batch: Arrays) -> Mapping[str, Any]:
+        together.wait(60)
+        return model.run(**batch)
+
+    with ThreadPoolExecutor(together.parties) as pool:
+        for found, alone in zip(pool.map(run, batches), wanted, strict=True):
+            assert_equal(found, alone)
+    assert 0 < len(beside) <= len(batches) * 3 // 4  # of each four that start at once, the first is alone
 
 
 def test_buffers_of_cuda_graphs(classifier: Path) -> None:
