@@ -6,8 +6,8 @@ Names are of classifiers, their `_plain` twins and detectors; without any, all c
 detectors, every family, version and neck over a small backbone, and one of each over the other kinds. Detectors see
 small pictures, `--canvas`, since neither the graph nor the time to trace it knows their size; the time to compare does,
 and `--canvas 800 1333` is what an export takes. It compares with PyTorch. Here each artefact runs again, with noise in
-its padding: an image alone and in a batch must get the same bits. `--again` exports a second time and compares the
-files. Exit status 1 if a network fails.
+its padding: an image alone, on all cores or on one, and in a batch must get the same bits. `--again` exports a second
+time and compares the files. Exit status 1 if a network fails.
 """
 
 import argparse
@@ -89,26 +89,30 @@ def export(name: str, folder: Path, canvas: tuple[int, int], again: bool) -> dic
         run_export(str(weights), folder / "again.onnx")
         if (folder / "again.onnx").read_bytes() != artifact.read_bytes():
             raise InputError(f"{name}: the second export gave other bytes")
-    check_batches(name, OnnxModel(artifact, "cpu", cache=False))
+    check_bits(name, *(OnnxModel(artifact, "cpu", threads, cache=False) for threads in (None, 1)))
     return took | {
         "megabytes": artifact.stat().st_size / 1e6,
         **parity.model_dump(include={"detections", "unmatched", "largest"}),
     }
 
 
-def check_batches(name: str, model: OnnxModel, size: int = 3) -> None:
-    """That images of noise get the same bits alone and in a batch, where their padding is other noise.
+def check_bits(name: str, wide: OnnxModel, narrow: OnnxModel, size: int = 3) -> None:
+    """That images of noise get the same bits in a batch and alone, where their padding is other noise.
+
+    Args:
+        wide: runs on all cores, the batch and the images.
+        narrow: of the same artefact, runs the images on one.
 
     Raises:
         InputError: an output that does not.
     """
-    rng, said = np.random.default_rng(0), model.metadata
+    rng, said = np.random.default_rng(0), wide.metadata
     height, width = (said.preprocess.crop,) * 2 if isinstance(said, ClassifierArtifact) else said.canvases[-1]
     blocks = rng.integers(0, 256, (size, height // 16, width // 16, 3), dtype=np.uint8)
     images = blocks.repeat(16, 1).repeat(16, 2)
     sizes = np.stack([rng.integers(side // 2, side + 1, size) for side in (height, width)], 1)
 
-    def run(rows: slice) -> dict[str, Any]:
+    def run(model: OnnxModel, rows: slice) -> dict[str, Any]:
         if isinstance(said, ClassifierArtifact):
             return model.run(images=images[rows])
         padded = rng.integers(0, 256, images[rows].shape, dtype=np.uint8)
@@ -116,11 +120,12 @@ def check_batches(name: str, model: OnnxModel, size: int = 3) -> None:
             canvas[:h, :w] = image[:h, :w]
         return model.run(images=padded, sizes=sizes[rows])
 
-    together = run(slice(size))
+    together = run(wide, slice(size))
     for i in range(size):
-        for output, value in run(slice(i, i + 1)).items():
-            if not np.array_equal(value[0], together[output][i]):
-                raise InputError(f"{name}: {output} of image {i} are others in a batch of {size}")
+        for where, model in (("alone", wide), ("on one core", narrow)):
+            for output, value in run(model, slice(i, i + 1)).items():
+                if not np.array_equal(value[0], together[output][i]):
+                    raise InputError(f"{name}: {output} of image {i} are others {where} than in a batch of {size}")
 
 
 def markdown(result: dict[str, Any]) -> str:
