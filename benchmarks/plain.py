@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-import openvino as ov  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +23,6 @@ from benchmarks.contest import table
 from benchmarks.detection import agreement
 from detection.families import Detector
 from serving.runtime import usable_cores
-from serving.sessions.openvino import compile_model
 from serving.sessions.ort import session_options
 
 Run = Callable[[Tensor], list[npt.NDArray[Any]]]  # float [N, 3, H, W] -> outputs
@@ -98,6 +96,8 @@ def to_onnx(model: nn.Module, example: Tensor, path: Path, *, dynamo: bool) -> R
 
 def to_openvino(model: nn.Module, example: Tensor, path: Path) -> Run:
     """Converted, and run by OpenVINO as the artefacts are."""
+    import openvino as ov  # type: ignore[import-untyped]  # the package is optional, to those who import this module
+
     flat = Flat(model).eval() if isinstance(model, Detector) else model
     return in_openvino(ov.convert_model(flat, example_input=example))
 
@@ -124,6 +124,8 @@ def in_onnxruntime(path: Path) -> Run:
 
 def in_openvino(model: Any) -> Run:
     """Of what OpenVINO's `convert_model` gives, or the path of an ONNX file."""
+    from serving.sessions.openvino import compile_model
+
     compiled = compile_model(model, usable_cores())
     request = compiled.create_infer_request()
 
