@@ -97,6 +97,7 @@ def peer(name: str, artifact: Path, folder: Path, picture: Path) -> Iterator[Run
     port = str(free_port())
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "RAY_ADDRESS")}
     environment |= {"MODEL": str(artifact), "CROP": str(metadata.preprocess.crop), "PORT": port}
+    environment["CORES"] = str(usable_cores())
     environment |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "BENTOML_DO_NOT_TRACK": "1"}
     bin_folder = install(name) / "bin"
     command = [str(bin_folder / said.command[0]), *(a.replace("$PORT", port) for a in said.command[1:])]

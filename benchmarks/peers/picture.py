@@ -12,7 +12,7 @@ import onnxruntime as ort
 from PIL import Image, ImageOps
 
 CROP = int(os.environ["CROP"])
-CORES = len(os.sched_getaffinity(0))
+CORES = int(os.environ["CORES"])  # that the process may use; a container's share may be less than it sees
 
 
 def prepare(data: bytes) -> Any:
