@@ -1,8 +1,11 @@
-"""BatchQueue: what waits together runs together, nothing waits for company, and a failure stays in its batch."""
+"""BatchQueue: what waits together runs together, nothing waits for company, and a failure stays in its batch; and what
+a replica asks of it.
+"""
 
 import asyncio
 import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,3 +213,15 @@ def test_a_batch_that_hangs_beside_others_fails_the_health_check(monkeypatch: py
         await replica.batches.close()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("took_s", "long"), [((0.006,) * 3, True), ((0.006, 0.006, 0.004), False), ((0.004,), False)])
+def test_an_image_takes_long_if_each_run_does(
+    monkeypatch: pytest.MonkeyPatch, took_s: Sequence[float], long: bool
+) -> None:
+    clock = iter([moment for seconds in took_s for moment in (0.0, seconds)])
+    monkeypatch.setattr(app, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(app, "create_predictor", lambda model: SimpleNamespace(predict=lambda images: images))
+    model: Any = None
+    assert app._takes_long(model, "probe") == long
+    assert not list(clock)
