@@ -28,10 +28,11 @@ COMMON = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # three misses of its 5 s kill a proxy that a busy machine starts
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",  # three failures, and a proxy that ended has a successor
     "RAY_worker_niceness": "0",  # 15 otherwise: a replica would wait for all else on the machine
-    # Ray at rest takes 6 % of two cores, and with these 5: it looks after replicas four times a second, not ten.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
-    "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.app:middlewares",
+}
+ALONE = {  # of one machine: Ray at rest takes 6 % of two cores, and with these 5
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # it looks after replicas four times a second, not ten
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
 }
 FAST = {  # measured: up to 17 times the requests/s of Ray Serve's defaults
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -48,7 +49,7 @@ def flags(config: ServingConfig, scratch: Path, say: Callable[[str], object]) ->
     Args:
         scratch: a folder for the sockets of Ray's processes.
     """
-    found = dict(COMMON)
+    found = COMMON | ALONE
     if find_haproxy() is not None:
         found |= FAST
         # Fixed ones otherwise, and a second service on the machine fails.
