@@ -54,9 +54,9 @@ PARTS = {
     ),
     "sweep": Part("sweep", "Export of every network", quick=_words("cspresnet10 fcos_cspresnet10_fpn")),
     "serving": Part("serving", "The service", quick=_words("--rounds 1 --seconds 1 --models cspresnet50 --peers")),
-    "stress": Part("stress", "The service under stress", quick=_words("--parts overload stop")),
+    "stress": Part("stress", "The service under stress", _words("--minutes 10"), quick=_words("--parts overload stop")),
     "batch": Part(
-        "batch", "The batch job", _words("--images 128 --rounds 3"),
+        "batch", "The batch job", _words("--images 96 --rounds 3"),
         quick=_words("--models cspresnet50 --images 64 --rounds 1 --actors 1"),
     ),
     "batch_memory": Part("batch_memory", "The batch job's memory", quick=_words("--images 200 400")),

@@ -89,10 +89,15 @@ def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
         with servers.ours(models, folder, picture, **settings) as running:
             for name, server in running.items():
                 figures: Figures = {"loops": loops[name], "bare_ms": latency[name]}
+                best = max(loops[name], key=loops[name].__getitem__)
+                figures["beside"] = bare.loops(models[name], body, args.provider)[best](args.seconds)
+                figures["beside_ms"] = bare.latency_ms(models[name], body, args.seconds, args.provider)
                 figures["saturated"] = load(server.post, SATURATING, 2 * args.seconds)
                 figures["one"] = load(server.post, 1, args.seconds)
                 figures["share"] = figures["saturated"]["requests_per_s"] / max(loops[name].values())
+                figures["share_beside"] = figures["saturated"]["requests_per_s"] / figures["beside"]
                 figures["extra_ms"] = figures["one"]["p50_ms"] - latency[name]
+                figures["extra_beside_ms"] = figures["one"]["p50_ms"] - figures["beside_ms"]
                 rounds[name].append(figures)
                 print(json.dumps({name: figures}), flush=True)
     return rounds
@@ -178,24 +183,29 @@ def markdown(result: Figures) -> str:
 
 
 def bare_table(rounds: Figures) -> list[str]:
-    head = ["model", "images/s", "best loop", "share", "p50 of one client, ms", "bare, ms", "more, ms"]
+    head = ["model", "images/s", "best loop", "share of it", "share beside", "p50 of one client, ms", "bare, ms"]
     rows = []
     for name, turns in rounds.items():
         kinds = turns[0]["loops"]
         best = max(kinds, key=lambda kind: statistics.median(turn["loops"][kind] for turn in turns))
-        shares = [turn["share"] for turn in turns]
         rows.append(
             [
                 name,
                 _median(turn["saturated"]["requests_per_s"] for turn in turns),
                 f"{_median(turn['loops'][best] for turn in turns)}, {best}",
-                f"{statistics.median(shares):.2f} ({min(shares):.2f}…{max(shares):.2f})",
+                _spread([turn["share"] for turn in turns]),
+                _spread([turn["share_beside"] for turn in turns]),
                 _median(turn["one"]["p50_ms"] for turn in turns),
                 _median(turn["bare_ms"] for turn in turns),
-                _median(turn["extra_ms"] for turn in turns),
+                _spread([turn["extra_ms"] for turn in turns]),
+                _spread([turn["extra_beside_ms"] for turn in turns]),
             ]
         )
-    return table(head, rows)
+    return table([*head, "more, ms", "more, beside, ms"], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}…{max(values):.2f})"
 
 
 def peers_table(rounds: Figures) -> list[str]:
