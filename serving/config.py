@@ -65,8 +65,8 @@ class ServedModel(Section):
     provider: Provider = "auto"
     gpu_mem_limit: int | None = Field(default=None, ge=1)  # bytes of CUDA's arena, where replicas share a GPU
     cuda_graphs: bool = False  # a classifier's, of provider cuda
-    threads: int | None = Field(default=None, ge=1)  # of one operator; null is one a core, shared by what runs at once
-    max_batch_size: int = Field(default=8, ge=1)  # on the CPU with threads null, of images that take less than 5 ms
+    threads: int | None = Field(default=None, ge=1)  # cores that a replica uses; null is all that it may
+    max_batch_size: int = Field(default=8, ge=1)  # on a CPU of images that take less than 5 ms; others run side by side
     max_ongoing_requests: int = Field(default=64, ge=1)  # at least the batch size, or batches never fill
     max_queued_requests: int = Field(default=256, ge=1)  # beyond these a client gets 503 at once
     timeout_s: float = Field(default=30, gt=0)
