@@ -4,7 +4,8 @@
         [--json FILE]
 
 bare: a classifier (cspresnet50 at 256², a photograph-sized JPEG) and a detector at saturation and with one client,
-against the best of three loops that decode and run the same JPEG in one process without HTTP, both on `--provider`.
+against the best of three loops that decode and run the same JPEG in one process without HTTP, both on `--provider`:
+while nothing else runs and, "beside", while the service is there and idle, whose processes take from the loop, too.
 
 peers: a model that costs nothing and a small picture, so that what is measured is the server: this project's at its
 defaults, Ray Serve at its, LitServe, BentoML, and FastAPI on uvicorn (`benchmarks/peers/`), each on the same artefact.
