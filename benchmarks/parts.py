@@ -53,10 +53,13 @@ PARTS = {
         quick=_words("--models cspresnet10 --batch-sizes 1 --rounds 1 --no-compile"),
     ),
     "sweep": Part("sweep", "Export of every network", quick=_words("cspresnet10 fcos_cspresnet10_fpn")),
-    "serving": Part("serving", "The service", quick=_words("--rounds 1 --seconds 1 --models cspresnet50 --peers")),
+    "serving": Part(
+        "serving", "The service", _words("--rounds 2"),
+        quick=_words("--rounds 1 --seconds 1 --models cspresnet50 --peers"),
+    ),
     "stress": Part("stress", "The service under stress", _words("--minutes 10"), quick=_words("--parts overload stop")),
     "batch": Part(
-        "batch", "The batch job", _words("--images 96 --rounds 3"),
+        "batch", "The batch job", _words("--models cspresnet50 fcos_cspresnet10_fpn --images 96 --rounds 3"),
         quick=_words("--models cspresnet50 --images 64 --rounds 1 --actors 1"),
     ),
     "batch_memory": Part("batch_memory", "The batch job's memory", quick=_words("--images 200 400")),
@@ -66,7 +69,7 @@ PARTS = {
 GPU_PARTS = {
     "gpu_artefacts": Part(
         "gpu", "A classifier's artefacts on the GPU", _words("--models cspresnet50 --batch-sizes 1 8 64 --rounds 2"),
-        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 230,
+        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 200,
     ),
     "gpu_detector": Part(
         "gpu", "A detector's artefacts on the GPU",
@@ -86,7 +89,7 @@ GPU_PARTS = {
     "gpu_serving": Part(
         "serving", "The service on the GPU",
         _words("--parts bare --models cspresnet50 --rounds 1 --seconds 3 --provider cuda"),
-        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 1"), 75,
+        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 1"), 105,
     ),
     "gpu_batch": Part(
         "batch", "The batch job on the GPU",

@@ -196,7 +196,7 @@ def _stop(applications: Sequence["ServedApplication"] | None, drained: bool) -> 
     """Leave Ray, and on this machine end it; on a cluster delete these applications first.
 
     Args:
-        drained: nothing is left to answer, so that Serve need not end before Ray does.
+        drained: what was accepted is answered, or has had its time; Serve need not end before Ray does.
     """
     import ray
 
