@@ -8,18 +8,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-SERVICES = {
+ON_RAY = {
     f"test_serving_{name}"
-    for name in ("app", "cluster", "evaluate", "grpc", "observe", "resilience", "rollout", "scaling", "serve")
-}
-JOBS = {
-    "test_docs_examples",
-    "test_docs_tutorial",
-    "test_serving_batch",
-    "test_serving_batch_killed",
-    "test_serving_prove",
-}
-ON_RAY = dict.fromkeys(SERVICES, "services") | dict.fromkeys(JOBS, "jobs")  # the group of a file
+    for name in (
+        "app", "batch", "batch_killed", "cluster", "evaluate", "grpc", "observe", "prove", "resilience", "rollout",
+        "scaling", "serve",
+    )
+}  # fmt: skip
+ON_RAY |= {"test_docs_tutorial", "test_docs_examples"}
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")  # such as gw0; None in one process alone
 # Ray reads it when a test module first imports it: under `uv run` it would copy this folder for its workers.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -33,11 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker takes a file's tests, which share fixtures; one those of services and one those of jobs on Ray, which
-    take all cores as they start; and one those of a family's artefact.
-    """
+    """One worker takes a file's tests, which share fixtures; one those on Ray; and one those of a family's artefact."""
     for item in items:
-        group = ON_RAY.get(item.path.stem, item.path.stem)
+        group = "ray" if item.path.stem in ON_RAY else item.path.stem
         if isinstance(item, pytest.Function) and "exported" in item.fixturenames and hasattr(item, "callspec"):
             group = item.callspec.params.get("family", group)
         item.add_marker(pytest.mark.xdist_group(group))

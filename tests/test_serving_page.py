@@ -25,8 +25,9 @@ from detection.masks import encode
 from serving.api import schemas
 from serving.artifact import ClassifierArtifact, DetectorArtifact, Parity
 from serving.predictor import Classification, Detections
+from serving.service import front
 
-PAGE = Path(schemas.__file__).with_name("page.html")
+PAGE = Path(front.__file__).with_name("page.html")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 
