@@ -107,21 +107,39 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
     """Make the parts that are missing. How that went: images, seconds until a worker began the first, which is the
     start of Ray and of the actors, and images a second from there to the end of the last.
     """
-    done = output.parts_done()
-    first = min(images, done * config.part_rows)
-    ready: dict[str, Any] = {"predicted": images - first, "start_s": None, "images_per_s": None}
-    errors = sum(map(output.errors_in, range(done)))
-    tally = Tally(config, first, errors)
-    if first < images:
+    done, tally = _so_far(config, output, images)
+    ready: dict[str, Any] = {"predicted": images - tally.seen, "start_s": None, "images_per_s": None}
+    if tally.seen < images:
         started = time.time()
-        with progress(total=images, initial=first, desc="batch", unit="image") as bar, _ray():
-            bar.set_postfix(errors=errors, refresh=False)
-            results = _stream(config, models, output.folder.absolute() / INPUTS, first, images)
-            with contextlib.closing(results):
-                began, ended = _write(results, output, done, tally, bar)
+        with progress(total=images, initial=tally.seen, desc="batch", unit="image") as bar, _ray():
+            while True:
+                first = tally.seen
+                bar.set_postfix(errors=tally.errors, refresh=False)
+                results = _stream(config, models, output.folder.absolute() / INPUTS, first, images)
+                try:
+                    with contextlib.closing(results):
+                        began, ended = _write(results, output, done, tally, bar)
+                    break
+                except WorkersEnded:
+                    before = done
+                    done, tally = _so_far(config, output, images)
+                    if done == before:  # nor would it get farther
+                        raise
+                    bar.n = tally.seen
             assert bar.n == images, f"{images} images went in and {bar.n} came out"
         ready |= {"start_s": began - started, "images_per_s": (images - first) / (ended - began)}
     return ready | {"errors": tally.errors}
+
+
+class WorkersEnded(InputError):
+    """Ray gave up on the job's workers; what is finished is kept."""
+
+
+def _so_far(config: BatchConfig, output: Output, images: int) -> tuple[int, "Tally"]:
+    """The parts that are there, and the images and errors in them."""
+    done = output.parts_done()
+    errors = sum(map(output.errors_in, range(done)))
+    return done, Tally(config, min(images, done * config.part_rows), errors)
 
 
 @dataclass
@@ -218,19 +236,20 @@ def _stream(
         # 2.64 will take no retries or strategies any more; today's own default is to retry for ever.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         results = _pipeline(config, models, inputs, first, images)
-    mistake = ""
+    mistake: InputError | None = None
     try:
         for row in results.iter_batches(batch_size=None, batch_format="pyarrow"):
             yield result_of(row)
     except RayTaskError as error:
         if not isinstance(error.cause, InputError):
             raise
-        mistake = str(error.cause).splitlines()[0]  # Ray Data adds lines of its own
+        mistake = InputError(str(error.cause).splitlines()[0])  # Ray Data adds lines of its own
     except RayError as error:
-        mistake = f"the job's workers end, last with: {' '.join(str(error).split())[:300]}; what is finished is kept"
-    if mistake:
+        reason = " ".join(str(error).split())[:300]
+        mistake = WorkersEnded(f"the job's workers end, last with: {reason}; what is finished is kept")
+    if mistake is not None:
         gc.collect()  # the actors of a failed job stop when nothing refers to them, which tracebacks do
-        raise InputError(mistake)
+        raise mistake
 
 
 def _pipeline(config: BatchConfig, models: Sequence[Opened], inputs: Path, first: int, images: int) -> Any:
