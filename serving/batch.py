@@ -112,6 +112,7 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
     if tally.seen < images:
         started = time.time()
         with progress(total=images, initial=tally.seen, desc="batch", unit="image") as bar, _ray():
+            vain = 0  # starts of the workers that finished no part
             while True:
                 first = tally.seen
                 bar.set_postfix(errors=tally.errors, refresh=False)
@@ -123,12 +124,17 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
                 except WorkersEnded:
                     before = done
                     done, tally = _so_far(config, output, images)
-                    if done == before:  # nor would it get farther
+                    vain = vain + 1 if done == before else 0
+                    if vain == VAIN_STARTS:
                         raise
+                    time.sleep(1)  # Ray may still be finding out who has gone
                     bar.n = tally.seen
             assert bar.n == images, f"{images} images went in and {bar.n} came out"
         ready |= {"start_s": began - started, "images_per_s": (images - first) / (ended - began)}
     return ready | {"errors": tally.errors}
+
+
+VAIN_STARTS = 2
 
 
 class WorkersEnded(InputError):
