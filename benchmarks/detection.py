@@ -27,7 +27,7 @@ from backbones.cli import at_least
 from backbones.errors import InputError, exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.preprocess import DetectorPreprocess
-from benchmarks.contest import excite, table, take_turns
+from benchmarks.contest import device_name, excite, table, take_turns
 from detection.batched import BatchedDetector
 from detection.models import create_detector, thresholds
 from detection.profile import PUBLISHED_MODELS, profile
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--size {args.size} is no multiple of {DIVISOR}: both sides would not see the same canvas")
     device = pick_device(args.device)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "settings": vars(args) | {"json": None}, "versions": versions("torch", "torchvision"), "peer": {}, "forms": {},
     }  # fmt: skip

@@ -27,8 +27,8 @@ from backbones.cli import at_least
 from backbones.engine import normalize
 from backbones.errors import InputError, exit_on_input_error
 from backbones.files import versions, write_json
-from benchmarks.contest import table, take_turns
-from benchmarks.export import CANVAS, Work, as_list, in_session, quantized, random_classifier, random_detector
+from benchmarks.contest import device_name, table, take_turns
+from benchmarks.export import CANVAS, as_list, in_session, in_torch, quantized, random_classifier, random_detector
 from benchmarks.roofline import arithmetic
 from detection.spec import is_detector
 from serving.export import ExportedClassifier, run_export
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(usable_cores())
     device = pick_device(args.device)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "settings": vars(args) | {"json": None}, "versions": versions("torch", "torchvision", "onnxruntime-gpu"),
         "models": {},
     }  # fmt: skip
@@ -102,7 +102,9 @@ def race(
     for size in args.batch_sizes:
         images = pixels.expand(size, -1, -1, -1).contiguous()
         contestants = {title: in_session(session, repeated(size)) for title, session in sessions.items()}
-        contestants |= {title: _timed(forward, images) for title, forward in forwards.items()}
+        for title, forward in forwards.items():
+            contestants[title] = in_torch(forward, images)
+            contestants[title]()  # compiles it, if that is to be
         yield size, take_turns(contestants, args.rounds)
 
 
@@ -166,16 +168,6 @@ def on_host(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: on_host(each) for key, each in value.items()}
     return [on_host(each) for each in value]
-
-
-def _timed(forward: Callable[[Tensor], Any], images: Tensor) -> Work:
-    @torch.inference_mode()
-    def work() -> int:
-        forward(images)
-        return len(images)
-
-    work()  # compiles it, if that is to be
-    return work
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from backbones.files import versions, write_json
 from backbones.imagenet import ImageNet, create_loader, list_samples
 from backbones.published import ALIASES, protocol
 from benchmarks.batch import draw
-from benchmarks.contest import take_turns
+from benchmarks.contest import device_name, take_turns
 
 MODELS = ("cspresnet50", "cspresnext50", "cspdarknet50")
 TRAIN_SIZE, TRAIN_BATCH, TRAIN_STEPS = 128, 8, 3
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(), "cores": os.cpu_count(),
         "settings": vars(args) | {"json": None, "root": args.root and args.root.name},
         "versions": versions("torch", "torchvision", "timm", "pillow"), "models": {},

@@ -30,7 +30,7 @@ from backbones.cspnet import create_model
 from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.published import protocol
-from benchmarks.contest import table, take_turns
+from benchmarks.contest import device_name, table, take_turns
 from benchmarks.detection import finish
 from serving.runtime import usable_cores
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(args.device)
     precisions = tuple(TYPES) if device.type == "cuda" else ("fp32",)
     result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "settings": vars(args) | {"json": None}, "versions": versions("torch"),
         "bytes_per_s": copy_rate(device), "flops": {name: matrix_rate(device, name) for name in precisions},
         "networks": [],

@@ -41,6 +41,7 @@ from serving.runtime import OnnxModel
 from serving.sessions.providers import ON_GPU
 
 BATCHES_A_CHUNK = 8  # at most: enough to hide Ray's cost of a task, few enough for the progress bar to move
+VAIN_STARTS = 2  # of the workers in a row, without a finished part, before the job ends
 DECODED_BATCHES_A_CHUNK = 2  # of decode=tasks, whose chunks carry pixels
 ENOUGH = 100  # images, before a share of errors means anything
 RETRIES = 3  # of a chunk whose worker died: an image may be what killed it
@@ -112,7 +113,7 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
     if tally.seen < images:
         started = time.time()
         with progress(total=images, initial=tally.seen, desc="batch", unit="image") as bar, _ray():
-            vain = 0  # starts of the workers that finished no part
+            vain = 0
             while True:
                 first = tally.seen
                 bar.set_postfix(errors=tally.errors, refresh=False)
@@ -132,9 +133,6 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
             assert bar.n == images, f"{images} images went in and {bar.n} came out"
         ready |= {"start_s": began - started, "images_per_s": (images - first) / (ended - began)}
     return ready | {"errors": tally.errors}
-
-
-VAIN_STARTS = 2
 
 
 class WorkersEnded(InputError):
