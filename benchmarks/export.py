@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "OpenVINO": OnnxModel(artifact, "openvino", cache=False),
         "INT8": OnnxModel(int8, "cpu", cache=False),
     }
+    narrow = OnnxModel(artifact, "cpu", threads=1, cache=False)
     for size in args.batch_sizes:
         images = pixels.expand(size, -1, -1, -1).contiguous()
         inputs = {key: np.repeat(value, size, axis=0) for key, value in sample.items()}
@@ -122,7 +124,10 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             entries, rows = plain.conversions(*unexported(model), images, folder / "plain.onnx")
             contestants |= entries
             figures["plain"] += rows
-        figures["batches"][size] = take_turns(contestants, args.rounds)
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            if size > 1:
+                contestants["a core an image"] = core_an_image(narrow, inputs, pool)
+            figures["batches"][size] = take_turns(contestants, args.rounds)
     return figures
 
 
@@ -195,6 +200,15 @@ def in_session(session: OnnxModel, inputs: dict[str, Any]) -> Work:
     def work() -> int:
         session.run(**inputs)
         return len(inputs["images"])
+
+    return work
+
+
+def core_an_image(session: OnnxModel, inputs: dict[str, Any], pool: Executor) -> Work:
+    def work() -> int:
+        count = len(inputs["images"])
+        alone = [{key: value[i : i + 1] for key, value in inputs.items()} for i in range(count)]
+        return len(list(pool.map(lambda image: session.run(**image), alone)))
 
     return work
 

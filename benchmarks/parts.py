@@ -47,7 +47,9 @@ PARTS = {
     "coco_metric": Part(
         "coco_metric", "COCO's metric", quick=_words("--images 100 --objects 700 --detections 20 --rounds 1")
     ),
-    "export": Part("export", "Artefacts", quick=_words("--models cspresnet10 --rounds 1 --no-compile")),
+    "export": Part(
+        "export", "Artefacts", _words("--rounds 3"), quick=_words("--models cspresnet10 --rounds 1 --no-compile")
+    ),
     "roofline": Part(
         "roofline", "Roofline", _words("--batch-sizes 1 8"),
         quick=_words("--models cspresnet10 --batch-sizes 1 --rounds 1 --no-compile"),
