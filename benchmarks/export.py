@@ -60,6 +60,7 @@ MODELS = (
 )  # fmt: skip
 CANVAS = (256, 384)  # of the detectors, pixels
 NUM_CLASSES = 91
+TOO_LONG_S = 20  # for a batch of torch.compile's code: FCOS' took minutes where onnxruntime took a second
 SHOWN = 4  # kinds of operators, of those that take most time
 Work = Callable[[], int]
 
@@ -115,11 +116,13 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "INT8": OnnxModel(int8, "cpu", cache=False),
     }
     narrow = OnnxModel(artifact, "cpu", threads=1, cache=False)
+    compile_too = not args.no_compile
     for size in args.batch_sizes:
         images = pixels.expand(size, -1, -1, -1).contiguous()
         inputs = {key: np.repeat(value, size, axis=0) for key, value in sample.items()}
         contestants = {key: in_session(session, inputs) for key, session in sessions.items()}
-        contestants |= detectors(model, images, args) if detector else classifiers(model, images, args)
+        contestants |= (detectors if detector else classifiers)(model, images, compile_too)
+        compile_too = "compiled" in contestants
         if not args.no_plain:
             entries, rows = plain.conversions(*unexported(model), images, folder / "plain.onnx")
             contestants |= entries
@@ -213,14 +216,14 @@ def core_an_image(session: OnnxModel, inputs: dict[str, Any], pool: Executor) ->
     return work
 
 
-def classifiers(model: nn.Module, images: Tensor, args: argparse.Namespace) -> dict[str, Work]:
-    return {"eager": in_torch(model, images)} | compiled(model, (images,), args)
+def classifiers(model: nn.Module, images: Tensor, compile_too: bool) -> dict[str, Work]:
+    return {"eager": in_torch(model, images)} | compiled(model, (images,), compile_too)
 
 
-def detectors(model: nn.Module, images: Tensor, args: argparse.Namespace) -> dict[str, Work]:
+def detectors(model: nn.Module, images: Tensor, compile_too: bool) -> dict[str, Work]:
     sizes = torch.tensor([CANVAS] * len(images))
     return {"eager": in_torch(lambda x: model(as_list(x)), images)} | compiled(
-        BatchedDetector(model), (images, sizes), args
+        BatchedDetector(model), (images, sizes), compile_too
     )
 
 
@@ -233,12 +236,18 @@ def in_torch(forward: Callable[..., object], *inputs: Tensor) -> Work:
     return work
 
 
-def compiled(model: nn.Module, inputs: tuple[Tensor, ...], args: argparse.Namespace) -> dict[str, Work]:
-    """By torch.compile, compiled here."""
-    if args.no_compile:
+def compiled(model: nn.Module, inputs: tuple[Tensor, ...], compile_too: bool) -> dict[str, Work]:
+    """By torch.compile, compiled here; without it where its code takes longer than TOO_LONG_S for a batch."""
+    if not compile_too:
         return {}
     torch._dynamo.reset()
-    return {"compiled": in_torch(compile_frozen(model, *inputs), *inputs)}
+    work = in_torch(compile_frozen(model, *inputs), *inputs)
+    start = time.perf_counter()
+    work()
+    if (seconds := time.perf_counter() - start) > TOO_LONG_S:
+        print(f"torch.compile's code takes {seconds:.0f} s for a batch of {len(inputs[0])} and is left out", flush=True)
+        return {}
+    return {"compiled": work}
 
 
 def compile_frozen(model: nn.Module, *inputs: Tensor) -> Callable[..., object]:

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -108,31 +108,43 @@ def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, imag
     """Make the parts that are missing. How that went: images, seconds until a worker began the first, which is the
     start of Ray and of the actors, and images a second from there to the end of the last.
     """
-    done, tally = _so_far(config, output, images)
+    _, tally = _so_far(config, output, images)
     ready: dict[str, Any] = {"predicted": images - tally.seen, "start_s": None, "images_per_s": None}
     if tally.seen < images:
         started = time.time()
         with progress(total=images, initial=tally.seen, desc="batch", unit="image") as bar, _ray():
-            vain = 0
-            while True:
-                first = tally.seen
-                bar.set_postfix(errors=tally.errors, refresh=False)
-                results = _stream(config, models, output.folder.absolute() / INPUTS, first, images)
-                try:
-                    with contextlib.closing(results):
-                        began, ended = _write(results, output, done, tally, bar)
-                    break
-                except WorkersEnded:
-                    before = done
-                    done, tally = _so_far(config, output, images)
-                    vain = vain + 1 if done == before else 0
-                    if vain == VAIN_STARTS:
-                        raise
-                    time.sleep(1)  # Ray may still be finding out who has gone
-                    bar.n = tally.seen
-            assert bar.n == images, f"{images} images went in and {bar.n} came out"
-        ready |= {"start_s": began - started, "images_per_s": (images - first) / (ended - began)}
+            tally, last = _until_done(config, models, output, images, bar)
+        ready |= {"start_s": last.began - started, "images_per_s": last.images / (last.ended - last.began)}
     return ready | {"errors": tally.errors}
+
+
+def _until_done(
+    config: BatchConfig, models: Sequence[Opened], output: Output, images: int, bar: "tqdm[Any]"
+) -> tuple["Tally", "Stretch"]:
+    """Start workers until the parts are all there; what the last ones did."""
+    vain = 0
+    while True:
+        done, tally = _so_far(config, output, images)
+        bar.n = first = tally.seen
+        bar.set_postfix(errors=tally.errors, refresh=False)
+        try:
+            with contextlib.closing(_stream(config, models, output.folder.absolute() / INPUTS, first, images)) as found:
+                began, ended = _write(found, output, done, tally, bar)
+            assert tally.seen == images, f"{images} images went in and {tally.seen} came out"
+            return tally, Stretch(images - first, began, ended)
+        except WorkersEnded:
+            vain = 0 if output.parts_done() > done else vain + 1
+            if vain == VAIN_STARTS:
+                raise
+            time.sleep(1)  # Ray may still be finding out who has gone
+
+
+class Stretch(NamedTuple):
+    """Images that went through one after the other, and when the first was begun and the last ended, in s."""
+
+    images: int
+    began: float
+    ended: float
 
 
 class WorkersEnded(InputError):

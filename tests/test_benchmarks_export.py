@@ -28,13 +28,12 @@ def test_pytorch_has_its_weights_channels_last(tmp_path):
         weights = [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
         assert len(weights) > 20
         assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-        args = SimpleNamespace(no_compile=True)
         if name == "fcos_cspresnet10_fpn":
             with torch.inference_mode():
                 assert len(model(export.as_list(pixels))[0]["boxes"]) > 10
-            assert export.detectors(model, pixels, args)["eager"]() == 1
+            assert export.detectors(model, pixels, compile_too=False)["eager"]() == 1
         else:
-            assert export.classifiers(model, pixels, args)["eager"]() == 1
+            assert export.classifiers(model, pixels, compile_too=False)["eager"]() == 1
 
 
 @pytest.mark.slow
@@ -43,7 +42,7 @@ def test_a_table_of_a_small_classifier(tmp_path, capsys):
     export.main([*arguments, "--json", str(tmp_path / "x.json")])
     model = json.loads((tmp_path / "x.json").read_text())["models"]["cspresnet10"]
     figures = model["batches"]["2"]
-    assert set(figures["ours_over"]) == {"OpenVINO", "INT8", "eager"}
+    assert set(figures["ours_over"]) == {"OpenVINO", "INT8", "eager", "a core an image"}
     assert all(value > 0 for value in figures["images_per_s"].values())
     for precision, convolution in (("float", "Conv"), ("INT8", "QLinearConv")):
         shares = model["operators"][precision]
