@@ -1,6 +1,5 @@
 import json
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
