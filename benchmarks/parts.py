@@ -61,7 +61,7 @@ PARTS = {
     ),
     "stress": Part("stress", "The service under stress", _words("--minutes 10"), quick=_words("--parts overload stop")),
     "batch": Part(
-        "batch", "The batch job", _words("--models cspresnet50 fcos_cspresnet10_fpn --images 96 --rounds 3"),
+        "batch", "The batch job", _words("--models cspresnet50 fcos_cspresnet10_fpn --images 192 --rounds 3"),
         quick=_words("--models cspresnet50 --images 64 --rounds 1 --actors 1"),
     ),
     "batch_memory": Part("batch_memory", "The batch job's memory", quick=_words("--images 200 400")),

@@ -50,7 +50,7 @@ class Candidate:
 
     def __str__(self) -> str:
         speeds = " ".join(f"{speed:8.2f}" for speed in self.speed)
-        return f"{self.method:<10}  {self.kept:<20} {self.kept_float:4d}  {self.accuracy:8.4f}  {speeds}"
+        return f"{self.method:<10}  {self.kept:<30} {self.kept_float:4d}  {self.accuracy:8.4f}  {speeds}"
 
 
 def run_quantize(
@@ -102,7 +102,7 @@ def run_quantize(
         ranges = measure_ranges(graph, activations(graph.graph), batches, methods)
         samples = [inputs(original.predictor, sources[0], size) for size in BATCH_SIZES]
         speeds = "".join(f"  batch {size}" for size in BATCH_SIZES)
-        print(f"{'method':<10}  {'kept in float':<20}  nodes  {metric:<7}{speeds}\n{'float':<39} {before:8.4f}")
+        print(f"{'method':<10}  {'kept in float':<30}  nodes  {metric:<7}{speeds}\n{'float':<49} {before:8.4f}")
         float_model = original.predictor.model
         search = _Search(graph, artifact, ranges, float_model, samples, Path(folder) / CANDIDATE, config, scratch)
         found = search.run(methods)

@@ -32,12 +32,21 @@ def exclusions(graph: onnx.GraphProto) -> dict[str, set[str]]:
     names = {node.name for node in found}
     ends = names & (_without_product_before(graph.node, names) | _without_product_after(graph.node, names))
     heads = {node.name for node in found if node.input[1].startswith(HEADS)}
+    grouped = {node.name for node in found if _is_grouped(node, graph)}
     choices = {"nothing": set[str](), "first and last": ends, "first, last and heads": ends | heads}
+    choices |= {"grouped": grouped} | {f"grouped, {title}": grouped | choice for title, choice in choices.items()}
     distinct: dict[str, set[str]] = {}
-    for title, choice in choices.items():
+    for title, choice in sorted(choices.items(), key=lambda choice: len(choice[1])):
         if choice < names and choice not in distinct.values():
             distinct[title] = choice
     return distinct
+
+
+def _is_grouped(node: NodeProto, graph: onnx.GraphProto) -> bool:
+    """A convolution in groups of several channels, for which onnxruntime has no fast INT8 kernel."""
+    weight = next(tensor for tensor in graph.initializer if tensor.name == node.input[1])
+    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    return groups > 1 and weight.dims[1] > 1
 
 
 def _without_product_before(nodes: Iterable[NodeProto], names: set[str]) -> set[str]:
