@@ -163,6 +163,22 @@ def test_heads_can_be_kept_and_the_decoding_of_boxes_always_is(exported):
     assert sum(node.op_type == "Add" for node in graph.node) > inside.count("Add") > 0
 
 
+def test_convolutions_in_groups_can_be_kept_but_not_those_of_one_channel_a_group():
+    rng = np.random.default_rng(0)
+    nodes, weights, tensor = [], [], "x"
+    for name, groups in (("first", 1), ("grouped", 2), ("depthwise", 8), ("last", 1)):
+        weights.append(numpy_helper.from_array(rng.random((8, 8 // groups, 1, 1), np.float32), f"w_{name}"))
+        nodes.append(helper.make_node("Conv", [tensor, f"w_{name}"], [name], name, group=groups))
+        tensor = name
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8, 4, 4]) for name in ("x", tensor)]
+    assert exclusions(helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)) == {
+        "nothing": set(),
+        "grouped": {"grouped"},
+        "first and last": {"first", "last"},
+        "grouped, first and last": {"first", "grouped", "last"},
+    }
+
+
 # The command.
 
 

@@ -33,8 +33,9 @@ def exclusions(graph: onnx.GraphProto) -> dict[str, set[str]]:
     ends = names & (_without_product_before(graph.node, names) | _without_product_after(graph.node, names))
     heads = {node.name for node in found if node.input[1].startswith(HEADS)}
     grouped = {node.name for node in found if _is_grouped(node, graph)}
-    choices = {"nothing": set[str](), "first and last": ends, "first, last and heads": ends | heads}
-    choices |= {"grouped": grouped} | {f"grouped, {title}": grouped | choice for title, choice in choices.items()}
+    some = {"first and last": ends, "first, last and heads": ends | heads}
+    with_grouped = {f"grouped, {title}": grouped | choice for title, choice in some.items()}
+    choices = {"nothing": set[str](), "grouped": grouped} | some | with_grouped
     distinct: dict[str, set[str]] = {}
     for title, choice in sorted(choices.items(), key=lambda choice: len(choice[1])):
         if choice < names and choice not in distinct.values():
