@@ -67,8 +67,6 @@ class ModelReplica:
         predictor: Any = create_predictor(self.model)
         self.endpoint = ENDPOINTS[self.model.metadata.task]
         self.probe = predictor.prepare(_blank_image())
-        sizes = range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size}
-        _warm(self.model, self.probe, sizes)
         workers, cores = 1, threads or usable_cores()
         if self.model.provider == NAMES["cpu"] and cores > 1 and _takes_long(self.model, self.probe):
             # Batches would only make each image wait: of operators that take long, nothing is saved by more at once.
@@ -76,6 +74,7 @@ class ModelReplica:
             _warm(narrow, self.probe, {1})
             predictor = create_predictor(SideBySide(self.model, narrow))
             workers, max_batch_size = cores, 1
+        _warm(self.model, self.probe, range(1, max_batch_size + 1) if cuda_graphs else {1, max_batch_size})
         self.traces = traces.from_environment()
         self.metrics = ReplicaMetrics(self.model.provider)
         self.version_names = [route.version for route in routes]
