@@ -41,6 +41,7 @@ from serving.parity import compare_classifier, compare_detector, pictures
 from serving.runtime import OnnxModel
 
 OPSET = 18  # the one in which the exporter writes its operators: no version converter runs over the graph
+SHORTEST_SIDE = 32  # pixels, that tracing is told of; nothing in the graph depends on it
 FloatPrecision = Literal["fp32", "fp16"]
 # What this project's own modules do around the networks, normalising, decoding and choosing, is exact in float alone.
 KEPT_FLOAT = ("serving.", "detection.batched", "detection.dense_heads", "detection.region_heads")
@@ -188,7 +189,10 @@ def trace(
     module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str], precision: FloatPrecision = "fp32"
 ) -> onnx.ModelProto:
     """The ONNX graph of a module, with N, H and W free, and nodes named after the modules that they come from."""
-    free: dict[str, Any] = {"images": {0: Dim("N"), 1: Dim("H"), 2: Dim("W")}, "sizes": {0: Dim.AUTO}}
+    # torch.export refuses some networks, such as darknetaa53 under RetinaNet, unless it is told that no side is shorter.
+    least = min(SHORTEST_SIDE, *inputs["images"].shape[1:3])
+    sides = {1: Dim("H", min=least), 2: Dim("W", min=least)}
+    free: dict[str, Any] = {"images": {0: Dim("N")} | sides, "sizes": {0: Dim.AUTO}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's remarks on its own internals
         program = torch.onnx.export(
