@@ -189,7 +189,7 @@ def trace(
     module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str], precision: FloatPrecision = "fp32"
 ) -> onnx.ModelProto:
     """The ONNX graph of a module, with N, H and W free, and nodes named after the modules that they come from."""
-    # torch.export refuses some networks, such as darknetaa53 under RetinaNet, unless it is told that no side is shorter.
+    # torch.export refuses some networks, such as RetinaNet on darknetaa53, unless told that no side is shorter.
     least = min(SHORTEST_SIDE, *inputs["images"].shape[1:3])
     sides = {1: Dim("H", min=least), 2: Dim("W", min=least)}
     free: dict[str, Any] = {"images": {0: Dim("N")} | sides, "sizes": {0: Dim.AUTO}}
