@@ -189,8 +189,8 @@ def trace(
     module: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str], precision: FloatPrecision = "fp32"
 ) -> onnx.ModelProto:
     """The ONNX graph of a module, with N, H and W free, and nodes named after the modules that they come from."""
-    # torch.export refuses some detectors, such as RetinaNet on darknetaa53, unless told that no side is shorter; of that
-    # length itself it would take a side for a constant.
+    # torch.export refuses some detectors, such as RetinaNet on darknetaa53, unless told that no side is shorter; a side
+    # of that length itself it would take for a constant.
     least = SHORTEST_SIDE if "sizes" in inputs and min(inputs["images"].shape[1:3]) > SHORTEST_SIDE else None
     sides = {1: Dim("H", min=least), 2: Dim("W", min=least)}
     free: dict[str, Any] = {"images": {0: Dim("N")} | sides, "sizes": {0: Dim.AUTO}}
