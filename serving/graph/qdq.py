@@ -32,7 +32,8 @@ def exclusions(graph: onnx.GraphProto) -> dict[str, set[str]]:
     names = {node.name for node in found}
     ends = names & (_without_product_before(graph.node, names) | _without_product_after(graph.node, names))
     heads = {node.name for node in found if node.input[1].startswith(HEADS)}
-    grouped = {node.name for node in found if _is_grouped(node, graph)}
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    grouped = {node.name for node in found if _is_grouped(node, weights[node.input[1]])}
     some = {"first and last": ends, "first, last and heads": ends | heads}
     with_grouped = {f"grouped, {title}": grouped | choice for title, choice in some.items()}
     choices = {"nothing": set[str](), "grouped": grouped} | some | with_grouped
@@ -43,9 +44,8 @@ def exclusions(graph: onnx.GraphProto) -> dict[str, set[str]]:
     return distinct
 
 
-def _is_grouped(node: NodeProto, graph: onnx.GraphProto) -> bool:
+def _is_grouped(node: NodeProto, weight: TensorProto) -> bool:
     """A convolution in groups of several channels, for which onnxruntime has no fast INT8 kernel."""
-    weight = next(tensor for tensor in graph.initializer if tensor.name == node.input[1])
     groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
     return groups > 1 and weight.dims[1] > 1
 
