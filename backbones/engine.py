@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from backbones.arithmetic import tensor_float32
 from backbones.distributed import everywhere, gather, is_main, rank, world_size
 from backbones.errors import InputError
 from backbones.imagenet import ImageNet, create_loader
@@ -169,6 +170,7 @@ def predict(
 
 
 @torch.inference_mode()
+@tensor_float32(False)
 def _predict(
     model: nn.Module,
     dataset: ImageNet,

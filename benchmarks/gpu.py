@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from backbones.arithmetic import tensor_float32
 from backbones.checkpoint import pick_device
 from backbones.cli import at_least
 from backbones.engine import normalize
@@ -29,7 +30,6 @@ from backbones.errors import InputError, exit_on_input_error
 from backbones.files import versions, write_json
 from benchmarks.contest import device_name, table, take_turns
 from benchmarks.export import CANVAS, as_list, in_session, in_torch, quantized, random_classifier, random_detector
-from benchmarks.roofline import arithmetic
 from detection.spec import is_detector
 from serving.export import ExportedClassifier, run_export
 from serving.runtime import OnnxModel, usable_cores
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "models": {},
     }  # fmt: skip
     for name in args.models:
-        with tempfile.TemporaryDirectory() as folder, arithmetic("fp32"):
+        with tempfile.TemporaryDirectory() as folder, tensor_float32(False):
             figures: dict[str, Any] = {"left_out": {}, "batches": {}}
             result["models"][name] = figures
             for size, turns in race(name, args, device, Path(folder), figures["left_out"]):

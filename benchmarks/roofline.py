@@ -12,11 +12,10 @@ torch.compile (on CUDA with graphs). On a CPU float32 alone is measured.
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.arithmetic import tensor_float32
 from backbones.checkpoint import pick_device
 from backbones.cli import at_least
 from backbones.cspnet import create_model
@@ -90,24 +90,8 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     """FLOP/s of a product of two square matrices."""
     side = SIDES[device.type]
     a, b = (torch.rand(side, side, device=device, dtype=TYPES[precision]) for _ in range(2))
-    with arithmetic(precision):
+    with tensor_float32(precision == "tf32"):
         return 2 * side**3 / _seconds(lambda: torch.mm(a, b), device)
-
-
-@contextlib.contextmanager
-def arithmetic(precision: str) -> Iterator[None]:
-    """TensorFloat-32 for matrices and convolutions if that is the precision, else not; PyTorch's convolutions take it
-    unasked.
-    """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 def _seconds(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
@@ -170,7 +154,7 @@ def measure(name: str, batch: int, precision: str, device: torch.device, args: a
         return run
 
     contestants = {"eager": work(network)}
-    with arithmetic(precision):
+    with tensor_float32(precision == "tf32"):
         if not args.no_compile:
             torch._dynamo.reset()
             mode = "reduce-overhead" if device.type == "cuda" else "default"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from backbones.arithmetic import tensor_float32
 from backbones.distributed import collect, gather, is_main, world_size
 from backbones.engine import to_device
 from backbones.errors import InputError
@@ -153,6 +154,7 @@ def evaluate(
 
 
 @torch.inference_mode()
+@tensor_float32(False)
 def _evaluate(
     model: Detector, loader: DataLoader[Any], category_ids: Sequence[int], amp: bool, title: str
 ) -> dict[int, list[dict[str, Any]]]:

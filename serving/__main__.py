@@ -94,7 +94,7 @@ def _prove(args: argparse.Namespace) -> None:
 
     run_prove(
         args.weights, args.data, args.overrides, images=args.images, model=args.model, calibration=args.calibration,
-        output=args.output,
+        provider=args.provider, output=args.output,
     )  # fmt: skip
 
 
@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--images", metavar="DIR", help="of COCO annotations; 'images' beside them if not given")
     command.add_argument("--model", help="the network's name, for weights that do not say it")
     command.add_argument("--calibration", metavar="DIR", help="images to choose INT8's ranges on; else the data's own")
+    command.add_argument("--provider", choices=PROVIDERS, default="auto", help="of artefacts, endpoint and batch job")
     command.add_argument("--output", default="runs/prove", metavar="DIR")
     command.set_defaults(run=_prove)
 

@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -29,17 +29,18 @@ from backbones.files import check_writable, versions, write_aside, write_json
 from backbones.weights import resolve
 from serving.artifact import Artifact
 from serving.batch import run_batch
-from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.evaluate import BATCH_SIZE, ArtifactSource, EndpointSource, Source, run_eval
 from serving.export import run_export
-from serving.jobs.config import BatchConfig, BatchModel
+from serving.jobs.config import Actors, BatchConfig, BatchModel
 from serving.jobs.results import Row, iter_rows, to_row, to_table
 from serving.proof.agreement import Agreement, Bond, Disagreement, parting
 from serving.proof.checkpoint import CheckpointSource
 from serving.proof.memory import PeakMemory
 from serving.quantize import run_quantize
+from serving.runtime import OnnxModel
 from serving.serve import start
+from serving.sessions.providers import NAMES, ON_GPU, Provider
 
 METRICS = {"classification": "top1", "detection": "AP50"}
 NEARLY = 1e-4  # that the metric may differ where answers are near
@@ -49,6 +50,9 @@ DIFFERENCES = ("logits", "scores", "boxes")
 HEADER = ("measured on", "metric", *DIFFERENCES, "unmatched", "images/s", "peak MiB")
 VERSIONS = ("cspnet", "torch", "torchvision", "ray", "pillow", "numpy")
 NAME = "model"  # of the artefact, where it is served
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,19 @@ class Recorded:
 class BatchSource:
     """A job on Ray Data for each call, below `folder`."""
 
-    def __init__(self, artifact: Path, metadata: Artifact, folder: Path):
-        self.name, self.metadata, self._artifact, self._folder = "batch", metadata, artifact, folder
+    def __init__(self, artifact: Path, provider: Provider, metadata: Artifact, folder: Path):
+        self.name, self.metadata = "batch", metadata
+        self._artifact, self._provider, self._folder = artifact, provider, folder
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
         self._folder.mkdir(parents=True, exist_ok=True)
         output = Path(tempfile.mkdtemp(dir=self._folder))
         images = output / "images.txt"
         images.write_text("".join(f"{path.absolute()}\n" for path in paths))
-        model = BatchModel(name=NAME, artifact=str(self._artifact))
-        run_batch(BatchConfig(input=str(images), output=str(output / "job"), batch_size=BATCH_SIZE, models=(model,)))
+        model = BatchModel(name=NAME, artifact=str(self._artifact), provider=self._provider)
+        actors = Actors(num_gpus=_gpus(self._provider))
+        job = str(output / "job")
+        run_batch(BatchConfig(input=str(images), output=job, batch_size=BATCH_SIZE, actors=actors, models=(model,)))
         yield from iter_rows(output / "job" / NAME)
 
 
@@ -186,6 +193,7 @@ def run_prove(
     images: str | None = None,
     model: str | None = None,
     calibration: str | None = None,
+    provider: Provider = "auto",
     output: str = "runs/prove",
 ) -> dict[str, Any]:
     """Measure a data set everywhere, print the table, write it to `<output>/prove.json` and `.md`, and return it.
@@ -198,6 +206,7 @@ def run_prove(
         images: the folder of the annotations' images; None is `images` beside them.
         model: the network's name, for weights that do not say it.
         calibration: a folder of images to choose INT8's ranges on; None is the data's training split.
+        provider: of artefacts, endpoint and batch job. The checkpoint is on the GPU if there is one.
 
     Raises:
         Disagreement: two places part; the table is there all the same.
@@ -212,27 +221,28 @@ def run_prove(
     settings = (*overrides, f"weights={json.dumps(str(local))}", f"output={json.dumps(str(folder / 'eval'))}")
     scoring = Scoring(config, settings, METRICS[metadata.task])
     proof = Proof(metadata, folder)
-    checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact)
+    provider = _alone(partial(_provider, artifact, provider))
+    # On a GPU an answer's last bits depend on the batch that it is found in.
+    bond: Bond = "near" if provider in ON_GPU else "exact"
+    checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact, provider)
 
     _say("evaluating the checkpoint")
-    proof.places[CHECKPOINT] = _alone(scoring, checkpoint)  # what the others are held against
+    proof.places[CHECKPOINT] = _alone(partial(_measure_here, scoring, checkpoint))  # what the others are held against
     _say("evaluating the artefact")
-    proof.compare(ARTIFACT, _alone(scoring, exported), CHECKPOINT, "near", checkpoint, exported)
+    proof.compare(ARTIFACT, _alone(partial(_measure_here, scoring, exported)), CHECKPOINT, "near", checkpoint, exported)
     without = _quantize(artifact, int8, scoring, calibration)
     if without is None:
         _say("evaluating the INT8 artefact")
-        proof.compare(INT8, _alone(scoring, partial(ArtifactSource, int8)), ARTIFACT, "free", exported, exported)
+        measured = _alone(partial(_measure_here, scoring, partial(ArtifactSource, int8, provider)))
+        proof.compare(INT8, measured, ARTIFACT, "free", exported, exported)
     _say("evaluating the endpoint")
-    service = ServingConfig(port=0, models=(ServedModel(name=NAME, artifact=str(artifact)),))
+    served = ServedModel(name=NAME, artifact=str(artifact), provider=provider, num_gpus=_gpus(provider))
+    service = ServingConfig(port=0, models=(served,))
     with start(service, lambda _: None) as running:
         endpoint = partial(EndpointSource, f"{running.url}/v2/models/{NAME}")
-        with Client(running.url) as client:
-            provider = client.metadata(NAME)["parameters"]["provider"]
-        # On a GPU an answer's last bits depend on the batch that it is found in.
-        bond: Bond = "exact" if provider == "CPUExecutionProvider" else "near"
         proof.compare(ENDPOINT, _with_children(scoring, endpoint()), ARTIFACT, bond, exported, endpoint)
     _say("running the batch job")
-    job = partial(BatchSource, artifact, metadata, folder / "batch")
+    job = partial(BatchSource, artifact, provider, metadata, folder / "batch")
     proof.compare(BATCH, _with_children(scoring, job()), ARTIFACT, bond, exported, job)
     return _report(proof, scoring, without)
 
@@ -271,10 +281,21 @@ def _quantize(artifact: Path, int8: Path, scoring: Scoring, calibration: str | N
     return None
 
 
-def _alone(scoring: Scoring, source: Callable[[], Source]) -> Measured:
-    """Measured in a process of its own, whose memory nothing else takes."""
+def _alone(work: Callable[[], Result]) -> Result:
+    """Done in a process of its own, whose memory nothing else takes."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_here, scoring, source).result()
+        return pool.submit(work).result()
+
+
+def _provider(artifact: Path, wanted: Provider) -> Provider:
+    """What `auto` is here; any other has to be had."""
+    given = OnnxModel(artifact, wanted).provider
+    return next((provider for provider in ON_GPU if NAMES[provider] == given), "cpu" if wanted == "auto" else wanted)
+
+
+def _gpus(provider: Provider) -> float:
+    """A replica's or an actor's."""
+    return 1.0 if provider in ON_GPU else 0.0
 
 
 def _measure_here(scoring: Scoring, source: Callable[[], Source]) -> Measured:
