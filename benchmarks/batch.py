@@ -3,13 +3,13 @@
     python -m benchmarks.batch [--models cspresnet50 …] [--images 512] [--rounds 3] [--actors 1 2] [--json FILE]
 
 Side by side in one run: in every round the loop and the job have their turns on the same JPEG files, and the ratios
-are medians over the rounds. The loop is one process with an onnxruntime session of its own and no Ray: threads decode
-the next batches while one runs, with batches of 1 and 8 and with 1 and 2 decoding threads; or a thread a core does all
-of an image in a session of one thread. The job is held against the best of these, and against the best of PyTorch's
-DataLoader, whose workers decode for a session on all cores in batches of 8. Speeds of the peers are of the images after
-the first batch, the job's of all images, from the begin of the first to the end of the last: what comes before, the
-start of Ray and of the actors, or of the workers, does not grow with the images, and is stated in seconds. Two actors
-have half of the cores each.
+are medians over the rounds. The loop is one process with an onnxruntime session of its own and no Ray: threads, one or
+one a core, decode the next batches of 1 or 8 while one runs; or a thread a core does all of an image in a session of
+one thread. The job is held against the best of these, and against the best of PyTorch's DataLoader, whose workers
+decode for a session on all cores in batches of 8. Speeds of the peers are of the images after the first batch, the
+job's of all images, from the begin of the first to the end of the last: what comes before, the start of Ray and of the
+actors, or of the workers, does not grow with the images, and is stated in seconds. Two actors have half of the cores
+each.
 
 The stages are measured on the way: what one core needs to read, decode and resize an image, to run it, and to write its
 row; on a GPU, what that needs to run it. docs/batch.md computes from these what a cluster does.
@@ -54,8 +54,8 @@ from serving.shapes import background
 MODELS = ("cspresnet50", "fcos_cspresnet50_fpn")
 SIZE = (500, 375)  # of the drawn files, pixels: ImageNet's mean
 BATCH = 8
-LOOPS = [(batch, decoders) for batch in (1, BATCH) for decoders in (1, 2)]  # on all cores
-WORKERS = (1, 2)  # of the DataLoader
+WORKERS = tuple(sorted({1, usable_cores()}))  # that decode, of the loops and of the DataLoader
+LOOPS = [(batch, decoders) for batch in (1, BATCH) for decoders in WORKERS]  # on all cores
 PEERS = ("loop", "DataLoader")  # how their names begin
 
 

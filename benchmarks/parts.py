@@ -69,34 +69,36 @@ PARTS = {
 
 # What a CUDA machine changes: their limits add up to less than nine minutes. `quick` is of a machine without one.
 GPU_PARTS = {
-    "gpu_artefacts": Part(
-        "gpu", "A classifier's artefacts on the GPU", _words("--models cspresnet50 --batch-sizes 1 8 64 --rounds 2"),
-        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 200,
+    "gpu_serving": Part(
+        "serving", "The service on the GPU",
+        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 3 --provider cuda --replicas 4"),
+        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 1"), 110,
+    ),
+    "gpu_batch": Part(
+        "batch", "The batch job on the GPU",
+        _words("--models cspresnet50 --rounds 1 --actors 1 --images 1024 --provider cuda"),
+        _words("--models cspresnet50 --rounds 1 --actors 1 --images 64"), 80,
     ),
     "gpu_detector": Part(
-        "gpu", "A detector's artefacts on the GPU",
-        _words("--models fcos_cspresnet50_fpn --batch-sizes 1 8 --rounds 2 --providers cuda --no-compile"),
+        "gpu", "A detector's artefact on the GPU",
+        _words(
+            "--models fcos_cspresnet50_fpn --batch-sizes 1 8 --rounds 2 --providers cuda --precisions fp32 --no-compile"
+        ),
         _words("--models fcos_cspresnet10_fpn --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"),
-        60,
+        75,
     ),
     "gpu_roofline": Part(
         "roofline", "Roofline of the GPU",
         _words("--models cspresnet50 cspdarknet50 --device cuda --rounds 2 --no-compile"),
-        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --device cpu --no-compile"), 50,
+        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --device cpu --no-compile"), 40,
     ),
     "gpu_detection": Part(
         "detection", "Detectors on the GPU", _words("--models cspresnet50 --device cuda --rounds 2"),
-        _words("--models cspresnet10 --size 128 --batch-size 1 --rounds 1 --device cpu"), 60,
+        _words("--models cspresnet10 --size 128 --batch-size 1 --rounds 1 --device cpu"), 50,
     ),
-    "gpu_serving": Part(
-        "serving", "The service on the GPU",
-        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 3 --provider cuda"),
-        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 1"), 105,
-    ),
-    "gpu_batch": Part(
-        "batch", "The batch job on the GPU",
-        _words("--models cspresnet50 --rounds 1 --actors 1 --images 2048 --provider cuda"),
-        _words("--models cspresnet50 --rounds 1 --actors 1 --images 64"), 50,
+    "gpu_artefacts": Part(
+        "gpu", "A classifier's artefacts on the GPU", _words("--models cspresnet50 --batch-sizes 1 8 64 --rounds 2"),
+        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 170,
     ),
 }  # fmt: skip
 

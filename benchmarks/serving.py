@@ -1,7 +1,7 @@
 """The service against a bare onnxruntime loop and against other servers.
 
     python -m benchmarks.serving [--parts bare peers] [--rounds 3] [--seconds 4] [--peers LitServe …] [--provider cpu]
-        [--json FILE]
+        [--replicas 1] [--json FILE]
 
 bare: a classifier (cspresnet50 at 256², a photograph-sized JPEG) and a detector at saturation and with one client,
 against the best of three loops that decode and run the same JPEG in one process without HTTP, both on `--provider`:
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="*", choices=servers.PEERS, default=list(servers.PEERS))
     parser.add_argument("--models", nargs="+", choices=(CLASSIFIER, DETECTOR), default=(CLASSIFIER, DETECTOR))
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="of the part bare")
+    parser.add_argument("--replicas", type=at_least(1), default=1, help="of each model of the part bare")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     result: Figures = {"settings": vars(args) | {"json": None}, "versions": versions("ray", "onnxruntime-gpu")}
@@ -77,9 +78,9 @@ def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
     picture = jpeg(folder / "photo.jpg", 640, 480)
     body = picture.read_bytes()
     models = {name: artifact(name) for name in args.models}
-    settings: Figures = {"provider": args.provider}
+    settings: Figures = {"provider": args.provider, "replicas": args.replicas}
     if args.provider in ON_GPU:
-        settings["num_gpus"] = 1 / len(models)  # the models share it
+        settings["num_gpus"] = 1 / (len(models) * args.replicas)  # they share it
     rounds: Figures = {name: [] for name in models}
     for _ in range(args.rounds):
         loops = {

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backbones.errors import InputError
-from serving.artifact import Artifact, ClassifierArtifact, read_whole
+from serving.artifact import Artifact, ClassifierArtifact, Whole, read_whole
 from serving.sessions.ort import OrtSession
 from serving.sessions.providers import ON_GPU, Provider, check_gpu_options, driver_problem, missing, usable_cores
 
@@ -64,13 +64,14 @@ class OnnxModel:
     ):
         check_gpu_options(provider, gpu_mem_limit, cuda_graphs)
         self.path = Path(path)
-        content, _, self.metadata, self.sha256 = read_whole(path)
+        whole = read_whole(path)
+        self.metadata, self.sha256 = whole.artifact, whole.sha256
         threads = threads or usable_cores()
 
         def open_session(wanted: Provider) -> _Session:
             if wanted == "openvino":
-                return _openvino(self.path, content, self.sha256, threads, cache)
-            return OrtSession(self.path, content, self.sha256, wanted, threads, cache, gpu_mem_limit, cuda_graphs)
+                return _openvino(self.path, whole, threads, cache)
+            return OrtSession(self.path, whole, wanted, threads, cache, gpu_mem_limit, cuda_graphs)
 
         best = provider == "auto"
         self._session = _best(open_session, _sample(self.metadata)) if best else open_session(provider)
@@ -157,9 +158,9 @@ def _best(open_session: Callable[[Provider], _Session], sample: Mapping[str, npt
     return session
 
 
-def _openvino(path: Path, content: bytes, sha256: str, threads: int, cache: bool) -> _Session:
+def _openvino(path: Path, whole: Whole, threads: int, cache: bool) -> _Session:
     if reason := missing("openvino"):
         raise InputError(f"asked for openvino, but {reason}; or ask for cpu")
     from serving.sessions.openvino import OpenVinoSession  # the package is optional
 
-    return OpenVinoSession(path, content, sha256, threads, cache)
+    return OpenVinoSession(path, whole.content, whole.sha256, threads, cache)

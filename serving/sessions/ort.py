@@ -9,8 +9,12 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from backbones.errors import InputError
+from serving.artifact import Whole
 from serving.sessions.graph_cache import cache_folders, entry_key, load_or_make, writable_folder
+from serving.sessions.placement import CONFIG_ENTRY, mark_nms
 from serving.sessions.providers import NAMES, Provider, missing, ort_providers, why_not_given
+
+_FATAL = 4  # onnxruntime's highest severity
 
 
 class OrtSession:
@@ -19,8 +23,7 @@ class OrtSession:
     def __init__(
         self,
         path: Path,
-        content: bytes,
-        sha256: str,
+        whole: Whole,
         provider: Provider,
         threads: int,
         cache: bool,
@@ -31,15 +34,20 @@ class OrtSession:
             raise InputError(f"asked for {provider}, but {reason}; or ask for cpu")
         self._threads, self._graphs = threads, CudaGraphs() if cuda_graphs else None
         if provider == "cpu":
-            self._session = self._cached(path, content, sha256) if cache else self._open(path, content)
+            self._session = self._cached(path, whole) if cache else self._open(path, whole.content)
         else:
             ort.preload_dlls()  # the CUDA libraries of the installed wheels
+            ort.set_default_logger_severity(_FATAL)  # cuDNN's plans that do not fit are called errors, and others taken
             folder = writable_folder(cache_folders(path)) if cache and provider == "tensorrt" else None
             if folder is not None:  # TensorRT's names say nothing of the weights
-                folder /= entry_key("tensorrt", ort.__version__, sha256)
+                folder /= entry_key("tensorrt", ort.__version__, whole.sha256)
                 folder.mkdir(exist_ok=True)
-            providers = ort_providers(provider, folder, gpu_mem_limit, cuda_graphs)
-            self._session = self._open(path, content, providers=providers)
+            half = whole.artifact.precision == "fp16"
+            providers = ort_providers(provider, folder, gpu_mem_limit, cuda_graphs, half)
+            mark_nms(whole.graph)
+            options = session_options(threads)
+            options.add_session_config_entry(*CONFIG_ENTRY)
+            self._session = self._open(path, whole.graph.SerializeToString(), options, providers)
         self.provider: str = self._session.get_providers()[0]
         if self.provider != NAMES[provider]:
             reason = f"onnxruntime gives {self.provider}: {why_not_given(provider)}"
@@ -65,7 +73,7 @@ class OrtSession:
                 f"{path} is no graph that onnxruntime loads on {where} ({reason}): export it again"
             ) from None
 
-    def _cached(self, path: Path, content: bytes, sha256: str) -> Any:
+    def _cached(self, path: Path, whole: Whole) -> Any:
         """A session on the CPU from a graph that was optimised before; without one, it is left for the next."""
 
         def load(entry: Path) -> Any:
@@ -81,9 +89,9 @@ class OrtSession:
             if aside is not None:
                 options.optimized_model_filepath = str(aside)
                 options.add_session_config_entry("session.save_model_format", "ORT")
-            return self._open(path, content, options)
+            return self._open(path, whole.content, options)
 
-        return load_or_make(path, entry_key("onnxruntime", ort.__version__, sha256), load, make)
+        return load_or_make(path, entry_key("onnxruntime", ort.__version__, whole.sha256), load, make)
 
 
 def session_options(threads: int) -> Any:
@@ -98,8 +106,6 @@ def session_options(threads: int) -> Any:
 
 class CudaGraphs:
     """Runs by replaying a CUDA graph for each combination of input shapes, recorded at its first run.
-
-    Its buffers are tested, on the CPU; recording and replaying was not tried, for want of a GPU.
 
     A replay reads and writes where the recording did, so each combination keeps its buffers on the device, and one run
     at a time uses them. onnxruntime refuses graphs with parts on the CPU, such as a detector's NMS.

@@ -103,13 +103,14 @@ def _load(library: str) -> str | None:
 
 
 def ort_providers(
-    provider: Provider, cache: Path | None, gpu_mem_limit: int | None, cuda_graphs: bool
+    provider: Provider, cache: Path | None, gpu_mem_limit: int | None, cuda_graphs: bool, half: bool = False
 ) -> list[tuple[str, dict[str, str]]]:
     """onnxruntime's `providers`, first choice first. TensorRT leaves to CUDA what it cannot do; both to the CPU.
 
     Args:
         cache: the folder for TensorRT's engines; None keeps none.
         gpu_mem_limit: bytes of CUDA's arena; None is all there is.
+        half: whether convolutions are in float16, for which Tensor Cores want the channels last.
     """
     if provider == "cpu":
         return [(NAMES["cpu"], {})]
@@ -118,6 +119,8 @@ def ort_providers(
         "cudnn_conv_algo_search": "HEURISTIC",  # a new shape does not wait for an exhaustive search
         "use_tf32": "0",  # it would move the figures
     }
+    if half:
+        cuda["prefer_nhwc"] = "1"
     if gpu_mem_limit is not None:
         cuda["gpu_mem_limit"] = str(gpu_mem_limit)
     if cuda_graphs:
