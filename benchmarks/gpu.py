@@ -4,10 +4,10 @@
         [--precisions fp32 fp16 int8] [--rounds 3] [--device cuda] [--no-compile] [--json FILE]
 
 Side by side in one run: in every round each contestant has its turn, from the same uint8 pixels in the host's memory to
-results there, and the figures are medians over the rounds. FP32 is without TensorFloat-32 on either side, as artefacts
-are served. PyTorch in FP16 has its network's weights in float16, a detector runs under autocast; torch.compile is of
-classifiers, with CUDA graphs. Random weights, made to find objects; INT8 has its ranges from one input. What a provider
-cannot run is left out, and the reason given.
+results there, and the figures are medians over the rounds; "graphs" is CUDA with `cuda_graphs`. FP32 is without
+TensorFloat-32 on either side, as artefacts are served. PyTorch in FP16 has its network's weights in float16, a detector
+runs under autocast; torch.compile is of classifiers, with CUDA graphs. Random weights, made to find objects; INT8 has
+its ranges from one input. What a provider cannot run is left out, and the reason given.
 """
 
 import argparse
@@ -86,11 +86,14 @@ def race(
 
     extremes = max(args.batch_sizes), min(args.batch_sizes)  # TensorRT then builds twice, not at each larger batch
     sessions: dict[str, OnnxModel] = {}
-    for provider in args.providers:
+    kinds = [(provider, False) for provider in args.providers]
+    if "cuda" in args.providers and not detector:  # whose NMS is on the CPU, where no graph can be recorded
+        kinds.append(("cuda", True))
+    for provider, graphs in kinds:
         for precision, path in artifacts.items():
-            title = f"{provider} {precision}"
+            title = f"{provider}{', graphs' if graphs else ''} {precision}"
             try:
-                session = OnnxModel(path, provider, cache=False)
+                session = OnnxModel(path, provider, cache=False, cuda_graphs=graphs)
                 for size in extremes:
                     session.run(**repeated(size))
             except InputError as error:

@@ -72,12 +72,12 @@ GPU_PARTS = {
     "gpu_serving": Part(
         "serving", "The service on the GPU",
         _words("--parts bare --models cspresnet50 --rounds 1 --seconds 3 --provider cuda --replicas 4"),
-        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 1"), 110,
+        _words("--parts bare --models cspresnet50 --rounds 1 --seconds 1"), 105,
     ),
     "gpu_batch": Part(
         "batch", "The batch job on the GPU",
-        _words("--models cspresnet50 --rounds 1 --actors 1 --images 1024 --provider cuda"),
-        _words("--models cspresnet50 --rounds 1 --actors 1 --images 64"), 80,
+        _words("--models cspresnet50 --rounds 1 --actors 1 --images 2048 --provider cuda"),
+        _words("--models cspresnet50 --rounds 1 --actors 1 --images 64"), 90,
     ),
     "gpu_detector": Part(
         "gpu", "A detector's artefact on the GPU",
@@ -85,20 +85,20 @@ GPU_PARTS = {
             "--models fcos_cspresnet50_fpn --batch-sizes 1 8 --rounds 2 --providers cuda --precisions fp32 --no-compile"
         ),
         _words("--models fcos_cspresnet10_fpn --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"),
-        75,
+        70,
     ),
     "gpu_roofline": Part(
         "roofline", "Roofline of the GPU",
         _words("--models cspresnet50 cspdarknet50 --device cuda --rounds 2 --no-compile"),
-        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --device cpu --no-compile"), 40,
+        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --device cpu --no-compile"), 55,
     ),
     "gpu_detection": Part(
         "detection", "Detectors on the GPU", _words("--models cspresnet50 --device cuda --rounds 2"),
-        _words("--models cspresnet10 --size 128 --batch-size 1 --rounds 1 --device cpu"), 50,
+        _words("--models cspresnet10 --size 128 --batch-size 1 --rounds 1 --device cpu"), 45,
     ),
     "gpu_artefacts": Part(
         "gpu", "A classifier's artefacts on the GPU", _words("--models cspresnet50 --batch-sizes 1 8 64 --rounds 2"),
-        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 170,
+        _words("--models cspresnet10 --batch-sizes 1 --rounds 1 --providers cpu --device cpu --no-compile"), 155,
     ),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ from serving.config import ServedModel
 from serving.runtime import OnnxModel, SideBySide
 from serving.sessions import providers
 from serving.sessions.ort import CudaGraphs
+from serving.sessions.placement import CONFIG_ENTRY, mark_nms
 from serving.sessions.providers import NAMES, PROVIDERS, Provider, driver_problem
 
 Exported = Callable[..., Path]
@@ -315,6 +316,30 @@ def test_buffers_of_cuda_graphs(classifier: Path) -> None:
         for outputs in both:
             for output, wanted in zip(outputs, session.run(None, {"images": batch}), strict=True):
                 np.testing.assert_array_equal(output, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ("classifier", *FAMILIES))
+def test_what_a_gpu_leaves_to_the_cpu(exported: Exported, family: str) -> None:
+    """The last NMS of each; a region's scores come by class, others are laid out so. The mark changes no answer."""
+    graph = read_whole(exported(family)).graph
+    mark_nms(graph)
+    mark_nms(graph)
+    marked = [node for node in graph.graph.node if node.metadata_props]
+    regions = family.startswith(("faster", "mask"))
+    expected = ["NonMaxSuppression"] if regions else ["Equal", "Where", "NonMaxSuppression"]
+    assert [node.op_type for node in marked] == (expected if family != "classifier" else [])
+    every = [node.name for node in graph.graph.node if node.op_type == "NonMaxSuppression"]
+    assert len(every) == (2 if regions else len(marked[-1:])) and every[-1:] == [node.name for node in marked[-1:]]
+    options = ort.SessionOptions()
+    options.add_session_config_entry(*CONFIG_ENTRY)
+    arrays: Arrays = {"images": pixels(2, 128, 128, 3, seed=0)}
+    if family != "classifier":
+        arrays["sizes"] = np.array([[128, 128], [100, 90]])
+    found = ort.InferenceSession(graph.SerializeToString(), options).run(None, arrays)
+    wanted = OnnxModel(exported(family), "cpu", cache=False).run(**arrays)
+    for value, known in zip(found, wanted.values(), strict=True):
+        np.testing.assert_allclose(value, known, rtol=1e-4, atol=1e-4)  # of another number of threads
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Ray Data hands on rows, here of one column: a chunk of images, pickled, then wha
 """
 
 import io
+import math
 import os
 import pickle
 import time
@@ -56,14 +57,15 @@ def predict_files(
     predictors: Sequence[Predictor], files: Sequence[File], batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[list[list[Row]]]:
     """Of a batch at a time the rows of each predictor, in the order of `files`; while one batch runs, `pool` decodes
-    the next.
+    the next, or as many as keep it busy.
     """
     artifacts = [predictor.metadata for predictor in predictors]
+    most = 1 + math.ceil(usable_cores() / batch_size)
     ahead: deque[tuple[Sequence[File], list[Future[Prepared]]]] = deque()
     for i in range(0, len(files), batch_size):
         part = files[i : i + batch_size]
         ahead.append((part, [pool.submit(prepare_file, file, artifacts) for file in part]))
-        if len(ahead) == 2:
+        if len(ahead) == most:
             part, futures = ahead.popleft()
             yield predict_prepared(predictors, part, [future.result() for future in futures])
     for part, futures in ahead:
@@ -184,6 +186,10 @@ class BatchWorker:
         self.batch_size, self.annotated = batch_size, annotated
         on_gpu = any(model.provider in ON_GPU for model in models)
         self.pool = ThreadPoolExecutor(cores if on_gpu else threads, thread_name_prefix="images")
+        if on_gpu:  # the first run there takes a second
+            for predictor in self.predictors:
+                black: Any = prepare(np.zeros((64, 64, 3), np.uint8), predictor.metadata)
+                predictor.predict([black] * batch_size)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # of a generator Ray Data hands on errors as they are
         began = time.time()

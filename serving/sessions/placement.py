@@ -25,7 +25,7 @@ def mark_nms(model: "onnx.ModelProto") -> None:
     marked = [found[-1]]
     scores = made.get(found[-1].input[1])
     if scores is not None and scores.op_type == "Where":  # by class: a box's score in its own, none in the others
-        marked += [scores, made[scores.input[0]]]
+        marked += [scores, *filter(None, [made.get(scores.input[0])])]
     for node in marked:
         del node.metadata_props[:]  # it may be the second time
         node.metadata_props.add(key="layer_ann", value=_LAYER)
