@@ -32,7 +32,7 @@ from backbones.files import versions, write_json
 from backbones.profile import count
 from backbones.published import PAPER, RELEASES
 from benchmarks.contest import ratio, table, take_turns
-from benchmarks.export import compile_frozen, in_session, in_torch, random_classifier
+from benchmarks.export import compiled, in_session, in_torch, random_classifier
 from benchmarks.imagenet_eval import timm_name
 from benchmarks.plain import in_onnxruntime, in_openvino, quietly
 from serving.export import run_export
@@ -97,9 +97,9 @@ def race(name: str, peer: Turns, pixels: Tensor, folder: Path, args: argparse.Na
         "gmacs": gmacs(model, args.size),
         "published": figures,
         "speeds": [
-            {"runtime": runtime, "batch": batch}
-            | take_turns({rival: turns[runtime, batch] for rival, turns in rivals.items()}, args.rounds)
-            for runtime, batch in peer
+            {"runtime": key[0], "batch": key[1]}
+            | take_turns({rival: turns[key] for rival, turns in rivals.items() if key in turns}, args.rounds)
+            for key in next(iter(rivals.values()))
         ],
     }
 
@@ -146,14 +146,14 @@ def theirs(model: nn.Module, pixels: Tensor, folder: Path, args: argparse.Namesp
 
 
 def in_pytorch(model: nn.Module, pixels: Tensor, args: argparse.Namespace) -> Turns:
-    """Eager, and compiled unless that is left out."""
+    """Eager, and compiled unless that is left out or takes too long."""
     model = model.eval().to(memory_format=torch.channels_last)
     turns: Turns = {}
     for batch in BATCHES:
         images = as_floats(pixels[:batch]).to(memory_format=torch.channels_last)
         turns["eager", batch] = in_torch(model, images)
-        if not args.no_compile:
-            turns["compiled", batch] = in_torch(compile_frozen(model, images), images)
+        for key, work in compiled(model, (images,), not args.no_compile).items():
+            turns[key, batch] = work
     return turns
 
 

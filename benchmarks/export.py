@@ -121,6 +121,7 @@ def race(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         images = pixels.expand(size, -1, -1, -1).contiguous()
         inputs = {key: np.repeat(value, size, axis=0) for key, value in sample.items()}
         contestants = {key: in_session(session, inputs) for key, session in sessions.items()}
+        torch._dynamo.reset()
         contestants |= (detectors if detector else classifiers)(model, images, compile_too)
         compile_too = "compiled" in contestants
         if not args.no_plain:
@@ -240,7 +241,6 @@ def compiled(model: nn.Module, inputs: tuple[Tensor, ...], compile_too: bool) ->
     """By torch.compile, compiled here; without it where its code takes longer than TOO_LONG_S for a batch."""
     if not compile_too:
         return {}
-    torch._dynamo.reset()
     work = in_torch(compile_frozen(model, *inputs), *inputs)
     start = time.perf_counter()
     work()

@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 row = export(name, Path(folder), tuple(args.canvas), args.again)
-            except InputError as error:
-                row = {"problem": str(error)}
+            except Exception as error:  # what torch.export raises has no base of its own
+                kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+                row = {"problem": kind + str(error).partition("\n")[0]}
         rows.append({"model": name} | row)
         print(json.dumps(rows[-1]), flush=True)
     result = {

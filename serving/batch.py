@@ -272,7 +272,7 @@ def _pipeline(config: BatchConfig, models: Sequence[Opened], inputs: Path, first
     import ray.data
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    actors, total, free = config.actors, ray.cluster_resources(), ray.available_resources()
+    actors, cpus = config.actors, ray.cluster_resources().get("CPU", 1)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     rows: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow"}
     data: ray.data.Dataset = ray.data.from_items([{"data": b""}])
@@ -283,22 +283,22 @@ def _pipeline(config: BatchConfig, models: Sequence[Opened], inputs: Path, first
     # No CPU: others, such as Serve's replicas, may hold all of them, and it would wait for ever.
     lister = Lister(inputs, first, chunk_size(config, images))
     data = data.map_batches(lister.__call__, **rows, num_cpus=0, scheduling_strategy=here)
-    spare = free.get("CPU", 0)
+    share = _share(ray.available_resources().get("CPU", 0), actors.most)
     if config.decode == "tasks":
         decoder = Decoder([model.artifact for model in models])
         data = data.map_batches(decoder.__call__, **rows, num_cpus=1, scheduling_strategy="SPREAD")
-        spare -= 1
+        share = 0.0  # after a node's end, actors that start again could hold the last CPU, and nothing be decoded
     worker = {
         "models": [model.worker for model in models],
         "batch_size": config.batch_size,
-        "threads": actors.threads or max(1, int(total.get("CPU", 1)) // actors.most),
+        "threads": actors.threads or max(1, int(cpus) // actors.most),
         "annotated": config.annotated,
     }
     return data.map_batches(
         BatchWorker,
         fn_constructor_kwargs=worker,
         compute=ray.data.ActorPoolStrategy(min_size=actors.min_actors, max_size=actors.most),
-        num_cpus=_share(spare, actors.most) if actors.num_cpus is None else actors.num_cpus,
+        num_cpus=share if actors.num_cpus is None else actors.num_cpus,
         num_gpus=actors.num_gpus,
         scheduling_strategy="SPREAD",
         max_task_retries=RETRIES,

@@ -151,8 +151,7 @@ def workers(nodes: list[int], title: str) -> list[int]:
 def test_an_actor_a_task_and_a_node(work: Path, cluster: tuple[str, list[int], Callable[[], None]]) -> None:
     """On a cluster, with decoding in tasks: first the listing or a decoding task, then an actor, then a whole node."""
     address, nodes, remove_node = cluster
-    # Without CPUs of their own: on two nodes of one each, two actors that reserve one leave none to decode with.
-    actors = ["actors.min_actors=2", "actors.num_cpus=0", "actors.threads=1"]
+    actors = ["actors.min_actors=2", "actors.threads=1"]
     job = start(work, "cluster", "decode=tasks", *actors, address=address)
     for at_least, title in [(0, "ray::MapBatches"), (3, "ray::MapWorker")]:
         wait_for(lambda: parts(work, "cluster") >= at_least, job)  # noqa: B023 - it is called at once
