@@ -36,16 +36,21 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 PARTS = {
-    "backbones": Part("backbones", "Backbones", quick=_words("--models cspresnet50 resnet50 --rounds 1 --no-compile")),
+    "backbones": Part(
+        "backbones", "Backbones", _words("--rounds 3"),
+        quick=_words("--models cspresnet50 resnet50 --rounds 1 --no-compile"),
+    ),
     "imagenet": Part(
-        "imagenet_eval", "ImageNet evaluation and training", quick=_words("--models cspresnet50 --images 8 --rounds 1"),
+        "imagenet_eval", "ImageNet evaluation and training", _words("--rounds 3"),
+        quick=_words("--models cspresnet50 --images 8 --rounds 1"),
     ),
     "detection": Part(
         "detection", "Detectors", _words("--size 384 --rounds 3"),
         quick=_words("--models cspresnet10 --size 128 --batch-size 1 --rounds 1"),
     ),
     "coco_metric": Part(
-        "coco_metric", "COCO's metric", quick=_words("--images 100 --objects 700 --detections 20 --rounds 1")
+        "coco_metric", "COCO's metric", _words("--rounds 1"),
+        quick=_words("--images 100 --objects 700 --detections 20 --rounds 1"),
     ),
     "export": Part(
         "export", "Artefacts", _words("--rounds 3"), quick=_words("--models cspresnet10 --rounds 1 --no-compile")
