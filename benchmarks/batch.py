@@ -228,7 +228,7 @@ def open_session(path: Path, provider: Provider, threads: int | None = None) -> 
     if provider == "cpu":
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     ort.preload_dlls()
-    return ort.InferenceSession(str(path), options, providers=ort_providers(provider, None, None, False))
+    return ort.InferenceSession(str(path), options, providers=ort_providers(provider, None, None, False, False))
 
 
 def run_job(artifact: Path, root: Path, name: str, decode: str, actors: int, provider: Provider) -> tuple[float, float]:
@@ -253,7 +253,7 @@ def stages(artifact: Path, paths: Sequence[Path], folder: Path, provider: Provid
     prepared, decode_ms = timed(lambda: [prepare(path, said) for path in paths])
     _, run_ms = timed(lambda: [predictor.predict(prepared[i : i + batch]) for i in range(0, len(paths), batch)])
     with ThreadPoolExecutor(1) as pool:
-        rows = [row for (some,) in predict_files([predictor], files, BATCH, pool) for row in some]
+        rows = [row for (some,) in predict_files([predictor], files, BATCH, pool, 1) for row in some]
     output = Output(folder, ["m"], len(rows))
     _, write_ms = timed(lambda: output.write(0, [to_table(rows, said)]))
     pixels = [getattr(item, "pixels", item).nbytes for item in prepared]

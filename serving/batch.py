@@ -283,11 +283,13 @@ def _pipeline(config: BatchConfig, models: Sequence[Opened], inputs: Path, first
     # No CPU: others, such as Serve's replicas, may hold all of them, and it would wait for ever.
     lister = Lister(inputs, first, chunk_size(config, images))
     data = data.map_batches(lister.__call__, **rows, num_cpus=0, scheduling_strategy=here)
-    share = _share(ray.available_resources().get("CPU", 0), actors.most)
     if config.decode == "tasks":
         decoder = Decoder([model.artifact for model in models])
         data = data.map_batches(decoder.__call__, **rows, num_cpus=1, scheduling_strategy="SPREAD")
-        share = 0.0  # after a node's end, actors that start again could hold the last CPU, and nothing be decoded
+        # Actors that start again after a node's end could hold the last CPU, and nothing be decoded; not those of GPUs.
+        share = float(actors.num_gpus > 0)
+    else:
+        share = _share(ray.available_resources().get("CPU", 0), actors.most)
     worker = {
         "models": [model.worker for model in models],
         "batch_size": config.batch_size,

@@ -33,7 +33,7 @@ from serving.client import Client
 from serving.jobs.results import TOP_K, Row, read_results
 from serving.jobs.worker import local_file, predict_files
 from serving.predictor import Classification, Detections, create_predictor
-from serving.runtime import OnnxModel, Provider
+from serving.runtime import OnnxModel, Provider, usable_cores
 
 BATCH_SIZE = 8
 CONNECTIONS = 8
@@ -58,8 +58,9 @@ class ArtifactSource:
         self.metadata: Artifact = self.predictor.metadata
 
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
-        with ThreadPoolExecutor() as pool:
-            for (rows,) in predict_files([self.predictor], [local_file(path) for path in paths], BATCH_SIZE, pool):
+        cores, files = usable_cores(), [local_file(path) for path in paths]
+        with ThreadPoolExecutor(cores) as pool:
+            for (rows,) in predict_files([self.predictor], files, BATCH_SIZE, pool, cores):
                 yield from rows
 
 

@@ -73,7 +73,7 @@ class Classifier:
 
 
 class Detector:
-    """Images through a detector's artefact. What an image gets does not depend on its batch."""
+    """Images through a detector's artefact. On the CPU, what an image gets does not depend on its batch."""
 
     def __init__(self, model: OnnxModel, metadata: DetectorArtifact):
         self.model, self.metadata = model, metadata

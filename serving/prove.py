@@ -5,18 +5,18 @@
                           free
                            └── INT8 artefact
 
-The command fails when two places that must agree do not, and says at which stage they part.
+On another provider than onnxruntime's CPU, near takes the place of exact. The command fails when two places that must
+agree do not, and says at which stage they part.
 """
 
 import json
 import multiprocessing
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,47 +28,26 @@ from backbones.errors import InputError
 from backbones.files import check_writable, versions, write_aside, write_json
 from backbones.weights import resolve
 from serving.artifact import Artifact
-from serving.batch import run_batch
 from serving.config import ServedModel, ServingConfig
-from serving.evaluate import BATCH_SIZE, ArtifactSource, EndpointSource, Source, run_eval
+from serving.evaluate import ArtifactSource, EndpointSource, Source, run_eval
 from serving.export import run_export
-from serving.jobs.config import Actors, BatchConfig, BatchModel
-from serving.jobs.results import Row, iter_rows, to_row, to_table
-from serving.proof.agreement import Agreement, Bond, Disagreement, parting
+from serving.jobs.results import Row, to_row, to_table
+from serving.proof.agreement import Bond, Disagreement
+from serving.proof.batch import BatchSource
 from serving.proof.checkpoint import CheckpointSource
 from serving.proof.memory import PeakMemory
+from serving.proof.table import HEADER, Measured, Proof
 from serving.quantize import run_quantize
 from serving.runtime import OnnxModel
 from serving.serve import start
 from serving.sessions.providers import NAMES, ON_GPU, Provider
 
 METRICS = {"classification": "top1", "detection": "AP50"}
-NEARLY = 1e-4  # that the metric may differ where answers are near
-CHECKPOINT, ARTIFACT, INT8 = "checkpoint, PyTorch", "artefact, onnxruntime", "INT8 artefact, onnxruntime"
+CHECKPOINT, ARTIFACT, INT8 = "checkpoint, PyTorch", "artefact", "INT8 artefact, on the CPU"
 ENDPOINT, BATCH = "endpoint, Ray Serve", "batch job, Ray Data"
-DIFFERENCES = ("logits", "scores", "boxes")
-HEADER = ("measured on", "metric", *DIFFERENCES, "unmatched", "images/s", "peak MiB")
-VERSIONS = ("cspnet", "torch", "torchvision", "ray", "pillow", "numpy")
+VERSIONS = ("cspnet", "torch", "torchvision", "onnxruntime-gpu", "ray", "pillow", "numpy")
 NAME = "model"  # of the artefact, where it is served
-
-
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A place's answers to a data set.
-
-    Attributes:
-        metric: top-1 or AP50, in [0, 1].
-        seconds: from the first image to the last answer; reading and decoding are in it, and a batch job's start.
-        peak_bytes: resident, of its largest process; None where the system does not tell.
-    """
-
-    metric: float
-    rows: list[Row]
-    seconds: float
-    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,89 +79,6 @@ class Recorded:
             self.kept.append(row)
             self.seconds = time.perf_counter() - began
             yield row
-
-
-class BatchSource:
-    """A job on Ray Data for each call, below `folder`."""
-
-    def __init__(self, artifact: Path, provider: Provider, metadata: Artifact, folder: Path):
-        self.name, self.metadata = "batch", metadata
-        self._artifact, self._provider, self._folder = artifact, provider, folder
-
-    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        output = Path(tempfile.mkdtemp(dir=self._folder))
-        images = output / "images.txt"
-        images.write_text("".join(f"{path.absolute()}\n" for path in paths))
-        model = BatchModel(name=NAME, artifact=str(self._artifact), provider=self._provider)
-        actors = Actors(num_gpus=_gpus(self._provider))
-        job = str(output / "job")
-        run_batch(BatchConfig(input=str(images), output=job, batch_size=BATCH_SIZE, actors=actors, models=(model,)))
-        yield from iter_rows(output / "job" / NAME)
-
-
-@dataclass
-class Proof:
-    """The table as it grows."""
-
-    metadata: Artifact
-    folder: Path
-    places: dict[str, Measured] = field(default_factory=dict)
-    agreements: dict[str, tuple[str, Agreement]] = field(default_factory=dict)  # by place: with which, and how far
-    problems: list[str] = field(default_factory=list)
-
-    def compare(
-        self,
-        name: str,
-        measured: Measured,
-        against: str,
-        bond: Bond,
-        expected: Callable[[], Source],
-        found: Callable[[], Source],
-    ) -> None:
-        """A place and the one that it is held against.
-
-        Args:
-            expected, found: open the place held against and this one again, to find out where they part.
-        """
-        self.places[name] = measured
-        artifact = self.metadata if bond != "free" else self.metadata.model_copy(update={"precision": "int8"})
-        agreement, reference = Agreement(artifact, bond), self.places[against]
-        for one, other in zip(reference.rows, measured.rows, strict=True):
-            agreement.add(one, other)
-        self.agreements[name] = against, agreement
-        if (culprit := agreement.culprit) is not None:
-            stage = parting(expected(), found(), Path(culprit), bond, self.folder / "parted")
-            self.problems.append(f"{name} and {against} part at {stage}, the most on {culprit}")
-        elif bond != "free" and abs(measured.metric - reference.metric) > (NEARLY if bond == "near" else 0):
-            self.problems.append(f"{name} has {measured.metric:.6f} and {against} {reference.metric:.6f}")
-
-    def lines(self) -> list[tuple[str, ...]]:
-        """The table's rows."""
-        found = []
-        for name, place in self.places.items():
-            agreement = self.agreements[name][1] if name in self.agreements else Agreement(self.metadata, "free")
-            off = [f"{agreement.largest[key]:.1e}" if key in agreement.largest else "-" for key in DIFFERENCES]
-            alone = str(agreement.unmatched) if agreement.detections else "-"
-            peak = "-" if place.peak_bytes is None else f"{place.peak_bytes / 2**20:.0f}"
-            speed = f"{len(place.rows) / place.seconds:.1f}"
-            found.append((name, f"{place.metric:.4f}", *off, alone, speed, peak))
-        return found
-
-    def figures(self) -> dict[str, Any]:
-        """What is stored."""
-        places: dict[str, Any] = {}
-        for name, place in self.places.items():
-            places[name] = {
-                "metric": place.metric, "images_per_s": len(place.rows) / place.seconds, "peak_bytes": place.peak_bytes
-            }  # fmt: skip
-            if name in self.agreements:
-                against, agreement = self.agreements[name]
-                places[name] |= {
-                    "against": against, "bond": agreement.bond, "agrees": agreement.holds,
-                    "largest": agreement.largest, "detections": agreement.detections, "unmatched": agreement.unmatched,
-                }  # fmt: skip
-        return {"places": places, "problems": self.problems}
 
 
 def run_prove(
@@ -220,10 +116,10 @@ def run_prove(
     config = _config(local, metadata, data, images, folder)
     settings = (*overrides, f"weights={json.dumps(str(local))}", f"output={json.dumps(str(folder / 'eval'))}")
     scoring = Scoring(config, settings, METRICS[metadata.task])
-    proof = Proof(metadata, folder)
-    provider = _alone(partial(_provider, artifact, provider))
-    # On a GPU an answer's last bits depend on the batch that it is found in.
-    bond: Bond = "near" if provider in ON_GPU else "exact"
+    proof = Proof(metadata, provider, folder)
+    provider = _alone(partial(_resolved, artifact, provider))
+    # Elsewhere an answer's last bits depend on the batch that it is found in.
+    bond: Bond = "exact" if provider == "cpu" else "near"
     checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact, provider)
 
     _say("evaluating the checkpoint")
@@ -233,10 +129,10 @@ def run_prove(
     without = _quantize(artifact, int8, scoring, calibration)
     if without is None:
         _say("evaluating the INT8 artefact")
-        measured = _alone(partial(_measure_here, scoring, partial(ArtifactSource, int8, provider)))
+        measured = _alone(partial(_measure_here, scoring, partial(ArtifactSource, int8, "cpu")))
         proof.compare(INT8, measured, ARTIFACT, "free", exported, exported)
     _say("evaluating the endpoint")
-    served = ServedModel(name=NAME, artifact=str(artifact), provider=provider, num_gpus=_gpus(provider))
+    served = ServedModel(name=NAME, artifact=str(artifact), provider=provider, num_gpus=float(provider in ON_GPU))
     service = ServingConfig(port=0, models=(served,))
     with start(service, lambda _: None) as running:
         endpoint = partial(EndpointSource, f"{running.url}/v2/models/{NAME}")
@@ -287,15 +183,10 @@ def _alone(work: Callable[[], Result]) -> Result:
         return pool.submit(work).result()
 
 
-def _provider(artifact: Path, wanted: Provider) -> Provider:
-    """What `auto` is here; any other has to be had."""
+def _resolved(artifact: Path, wanted: Provider) -> Provider:
+    """What `auto` is here; any other is opened, so that one that cannot be had is known before the long work."""
     given = OnnxModel(artifact, wanted).provider
     return next((provider for provider in ON_GPU if NAMES[provider] == given), "cpu" if wanted == "auto" else wanted)
-
-
-def _gpus(provider: Provider) -> float:
-    """A replica's or an actor's."""
-    return 1.0 if provider in ON_GPU else 0.0
 
 
 def _measure_here(scoring: Scoring, source: Callable[[], Source]) -> Measured:
@@ -329,7 +220,7 @@ def _report(proof: Proof, scoring: Scoring, without_int8: str | None) -> dict[st
         aside.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
     if proof.problems:
         raise Disagreement(f"{'; '.join(proof.problems)}: see {path}")
-    print(f"one number on {images} images: {path}", flush=True)
+    print(f"one number on {images} images, {proof.provider}: {path}", flush=True)
     return result
 
 

@@ -270,22 +270,25 @@ def test_an_output_of_another_job_is_refused(images: Path, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("ray_running")
 def test_a_full_disk_is_one_line_and_the_job_goes_on_later(images: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for it. Half of the largest part is little enough: a part that is written
-    again has other times in it, and so another size."""
-    (tmp_path / "list.txt").write_text("\n".join(str(path) for path in sorted(images.rglob("*.jpg")) * 40))
-    config = job(write_detector(tmp_path / "m.onnx"), tmp_path / "list.txt", tmp_path / "out", part_rows=500)
+    """A limit on the size of files stands for it, between those of a part of errors and of one of detections. A part
+    that is written again has other times in it, and so another size: by far less than half."""
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    paths = [tmp_path / "broken.jpg"] * 500 + sorted(images.rglob("*.jpg")) * 40
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)))
+    model, settings = write_detector(tmp_path / "m.onnx"), {"part_rows": 500, "max_error_share": 1}
+    config = job(model, tmp_path / "list.txt", tmp_path / "out", **settings)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run_batch(job(tmp_path / "m.onnx", tmp_path / "list.txt", tmp_path / "size", part_rows=500))
-    sizes = [path.stat().st_size for path in (tmp_path / "size" / "m").glob("part*")]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) // 2, hard))
+    run_batch(job(model, tmp_path / "list.txt", tmp_path / "size", **settings))
+    small, large = (part.stat().st_size for part in sorted((tmp_path / "size" / "m").glob("part*"))[:2])
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((small + large) // 2, hard))
     try:
         with pytest.raises(InputError, match="^cannot write below .*out: File too large; what is finished is kept"):
             run_batch(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert left == {"job.json", "inputs.parquet", ".lock"}
-    run_batch(config)
+    assert left == {"job.json", "inputs.parquet", ".lock", "part-000000.parquet"}
+    assert run_batch(config)["predicted"] == len(paths) - 500
     for one, other in zip(*(read_results(tmp_path / name / "m")[1] for name in ("out", "size")), strict=True):
         assert (one.path, bits(one.result)) == (other.path, bits(other.result))
 

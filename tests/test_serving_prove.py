@@ -22,6 +22,7 @@ from serving.predictor import Classification, Detections
 from serving.proof.agreement import Agreement, Bond, Disagreement, parting
 from serving.proof.memory import PeakMemory
 from serving.prove import ARTIFACT, BATCH, CHECKPOINT, ENDPOINT, INT8, run_prove
+from serving.sessions.providers import driver_problem
 from serving.shapes import draw_classification
 
 WRITERS = {"classification": write_classifier, "detection": write_detector}
@@ -197,6 +198,7 @@ def test_one_number(exported, shapes, tmp_path, capsys) -> None:
     assert result["places"][INT8]["largest"]["scores"] > 0  # eight bits are another number
     assert all(place["peak_bytes"] > 50e6 and place["images_per_s"] > 0 for place in result["places"].values())
     assert json.loads((tmp_path / "prove.json").read_text())["places"] == result["places"]
+    assert result["provider"] == "cpu" or driver_problem() is None
     printed = capsys.readouterr().out
     assert printed.count(f"{metrics[CHECKPOINT]:.4f}") >= 4 and "one number" in printed
     assert (tmp_path / "prove.md").read_text().count("\n") == 2 + len(result["places"])
@@ -211,6 +213,6 @@ def test_an_endpoint_that_answers_otherwise_fails_the_command(exported, shapes, 
     monkeypatch.setattr(prove, "EndpointSource", other)
     monkeypatch.setattr(prove, "_quantize", lambda *_: "not in this test")
     monkeypatch.setattr(prove, "BatchSource", lambda artifact, *_: ArtifactSource(artifact, "cpu"))
-    with pytest.raises(Disagreement, match="endpoint, Ray Serve and artefact, onnxruntime part at resize"):
+    with pytest.raises(Disagreement, match="endpoint, Ray Serve and artefact part at resize"):
         run_prove(str(exported("classifier").with_name("w.safetensors")), str(shapes), output=str(tmp_path))
     assert json.loads((tmp_path / "prove.json").read_text())["places"][ENDPOINT]["agrees"] is False

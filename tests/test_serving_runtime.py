@@ -27,7 +27,7 @@ from serving.config import ServedModel
 from serving.runtime import OnnxModel, SideBySide
 from serving.sessions import providers
 from serving.sessions.ort import CudaGraphs
-from serving.sessions.placement import CONFIG_ENTRY, mark_nms
+from serving.sessions.placement import NMS_ON_CPU, with_nms_on_cpu
 from serving.sessions.providers import NAMES, PROVIDERS, Provider, driver_problem
 
 Exported = Callable[..., Path]
@@ -319,27 +319,62 @@ def test_buffers_of_cuda_graphs(classifier: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ("classifier", *FAMILIES))
-def test_what_a_gpu_leaves_to_the_cpu(exported: Exported, family: str) -> None:
-    """The last NMS of each; a region's scores come by class, others are laid out so. The mark changes no answer."""
-    graph = read_whole(exported(family)).graph
-    mark_nms(graph)
-    mark_nms(graph)
-    marked = [node for node in graph.graph.node if node.metadata_props]
-    regions = family.startswith(("faster", "mask"))
-    expected = ["NonMaxSuppression"] if regions else ["Equal", "Where", "NonMaxSuppression"]
-    assert [node.op_type for node in marked] == (expected if family != "classifier" else [])
-    every = [node.name for node in graph.graph.node if node.op_type == "NonMaxSuppression"]
-    assert len(every) == (2 if regions else len(marked[-1:])) and every[-1:] == [node.name for node in marked[-1:]]
-    options = ort.SessionOptions()
-    options.add_session_config_entry(*CONFIG_ENTRY)
-    arrays: Arrays = {"images": pixels(2, 128, 128, 3, seed=0)}
-    if family != "classifier":
-        arrays["sizes"] = np.array([[128, 128], [100, 90]])
-    found = ort.InferenceSession(graph.SerializeToString(), options).run(None, arrays)
-    wanted = OnnxModel(exported(family), "cpu", cache=False).run(**arrays)
-    for value, known in zip(found, wanted.values(), strict=True):
-        np.testing.assert_allclose(value, known, rtol=1e-4, atol=1e-4)  # of another number of threads
+@pytest.mark.parametrize(
+    ("family", "nms", "moved"),
+    [
+        ("retinanet", 1, ["Equal", "Where", "NonMaxSuppression"]),
+        ("fcos", 1, ["Equal", "Where", "NonMaxSuppression"]),
+        ("fasterrcnn", 2, ["NonMaxSuppression"]),  # the first is that of the proposals
+    ],
+)
+def test_the_nms_that_a_gpu_leaves_to_the_cpu(exported: Exported, family: str, nms: int, moved: list[str]) -> None:
+    content = exported(family).read_bytes()
+    nodes = onnx.load_from_string(with_nms_on_cpu(content)).graph.node
+    marked = [node for node in nodes if any(entry.key == "layer_ann" for entry in node.metadata_props)]
+    assert [node.op_type for node in marked] == moved
+    found = [node.name for node in nodes if node.op_type == "NonMaxSuppression"]
+    assert len(found) == nms and found[-1] == marked[-1].name
+    for node in marked:
+        del node.metadata_props[:]
+    assert list(nodes) == list(onnx.load_from_string(content).graph.node)  # nothing else is changed
+
+
+@pytest.mark.parametrize(
+    ("write", "provider", "marked"),
+    [(write_detector, "cuda", True), (write_detector, "tensorrt", False), (write_classifier, "cuda", False)],
+)
+def test_what_onnxruntime_is_told_of_a_gpu(write, provider, marked, tmp_path, monkeypatch) -> None:
+    """Its session is in place of one that needs the GPU."""
+    opened: list[tuple[bytes, Any, Any]] = []
+
+    class Session:
+        def __init__(self, content: bytes, options: Any, providers: Any, **_: object):
+            opened.append((content, options, providers))
+
+        def get_providers(self) -> list[str]:
+            return [NAMES[provider]]
+
+        def get_inputs(self) -> list[Any]:
+            return []
+
+        get_outputs = get_inputs
+
+    monkeypatch.setattr("serving.sessions.ort.missing", lambda _: None)
+    monkeypatch.setattr("serving.sessions.ort.with_nms_on_cpu", lambda content: content[::-1])
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    monkeypatch.setattr(ort, "set_default_logger_severity", lambda _: None)
+    path = write(tmp_path / "m.onnx")
+    OnnxModel(path, provider, cache=False)
+    [(content, options, chosen)] = opened
+    assert content == path.read_bytes()[:: -1 if marked else 1]
+    entry, value = NMS_ON_CPU
+    if marked:
+        assert options.get_session_config_entry(entry) == value
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry(entry)
+    assert chosen[0][0] == NAMES[provider] and "prefer_nhwc" not in chosen[0][1]
 
 
 @pytest.mark.slow

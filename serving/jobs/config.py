@@ -33,7 +33,7 @@ class Actors(Section):
 
     min_actors: int = Field(default=1, ge=1)
     max_actors: int | None = Field(default=None, ge=1)  # null is min_actors
-    num_cpus: float | None = Field(default=None, ge=0)  # of each; null shares out what is free, or is 0 with tasks
+    num_cpus: float | None = Field(default=None, ge=0)  # of each; null is a share, with tasks 0, of GPUs 1
     num_gpus: float = Field(default=0, ge=0)  # of each; a fraction shares a GPU
     threads: int | None = Field(default=None, ge=1)  # of each; null is one a core, shared by a node's actors
 

@@ -54,13 +54,13 @@ def prepare_file(file: File, artifacts: Sequence[Artifact]) -> Prepared:
 
 
 def predict_files(
-    predictors: Sequence[Predictor], files: Sequence[File], batch_size: int, pool: ThreadPoolExecutor
+    predictors: Sequence[Predictor], files: Sequence[File], batch_size: int, pool: ThreadPoolExecutor, decoders: int
 ) -> Iterator[list[list[Row]]]:
-    """Of a batch at a time the rows of each predictor, in the order of `files`; while one batch runs, `pool` decodes
-    the next, or as many as keep it busy.
+    """Of a batch at a time the rows of each predictor, in the order of `files`; while one batch runs, `pool`, which has
+    `decoders` threads, decodes the next, or as many as keep it busy.
     """
     artifacts = [predictor.metadata for predictor in predictors]
-    most = 1 + math.ceil(usable_cores() / batch_size)
+    most = 1 + math.ceil(decoders / batch_size)
     ahead: deque[tuple[Sequence[File], list[Future[Prepared]]]] = deque()
     for i in range(0, len(files), batch_size):
         part = files[i : i + batch_size]
@@ -175,8 +175,7 @@ class BatchWorker:
     """
 
     def __init__(self, models: Sequence[WorkerModel], batch_size: int, threads: int, annotated: bool):
-        cores = usable_cores()
-        threads = min(threads, cores)
+        threads = min(threads, usable_cores())
         self.side_by_side = all(model.provider == "cpu" for model in models)
         self.predictors = [
             create_predictor(OnnxModel(model.path, model.provider, 1 if self.side_by_side else threads))
@@ -184,16 +183,15 @@ class BatchWorker:
         ]
         self.hashes = [model.sha256 for model in models]
         self.batch_size, self.annotated = batch_size, annotated
-        on_gpu = any(model.provider in ON_GPU for model in models)
-        self.pool = ThreadPoolExecutor(cores if on_gpu else threads, thread_name_prefix="images")
-        if on_gpu:  # the first run there takes a second
-            for predictor in self.predictors:
-                black: Any = prepare(np.zeros((64, 64, 3), np.uint8), predictor.metadata)
-                predictor.predict([black] * batch_size)
+        self.threads, self.pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="images")
+        self.cold = any(model.provider in ON_GPU for model in models)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # of a generator Ray Data hands on errors as they are
-        began = time.time()
         files, prepared = _value_of(table)
+        if self.cold:  # a GPU's first run takes a second
+            self.cold = False
+            list(self._predict(files[: self.batch_size], prepared and prepared[: self.batch_size]))
+        began = time.time()
         rows: list[list[Row]] = [[] for _ in self.predictors]
         for batch in self._predict(files, prepared):
             for all_rows, some in zip(rows, batch, strict=True):
@@ -205,7 +203,7 @@ class BatchWorker:
         if self.side_by_side:
             yield from predict_side_by_side(self.predictors, files, prepared or [None] * len(files), self.pool)
         elif prepared is None:
-            yield from predict_files(self.predictors, files, self.batch_size, self.pool)
+            yield from predict_files(self.predictors, files, self.batch_size, self.pool, self.threads)
         else:
             for i in range(0, len(files), self.batch_size):
                 part = slice(i, i + self.batch_size)

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from backbones.errors import InputError
-from serving.artifact import Whole
+from serving.artifact import ClassifierArtifact, DetectorArtifact, Whole
 from serving.sessions.graph_cache import cache_folders, entry_key, load_or_make, writable_folder
-from serving.sessions.placement import CONFIG_ENTRY, mark_nms
+from serving.sessions.placement import NMS_ON_CPU, with_nms_on_cpu
 from serving.sessions.providers import NAMES, Provider, missing, ort_providers, why_not_given
 
 _FATAL = 4  # onnxruntime's highest severity
@@ -37,21 +37,24 @@ class OrtSession:
             self._session = self._cached(path, whole) if cache else self._open(path, whole.content)
         else:
             ort.preload_dlls()  # the CUDA libraries of the installed wheels
-            ort.set_default_logger_severity(_FATAL)  # cuDNN's plans that do not fit are called errors, and others taken
             folder = writable_folder(cache_folders(path)) if cache and provider == "tensorrt" else None
             if folder is not None:  # TensorRT's names say nothing of the weights
                 folder /= entry_key("tensorrt", ort.__version__, whole.sha256)
                 folder.mkdir(exist_ok=True)
-            half = whole.artifact.precision == "fp16"
+            classifier = isinstance(whole.artifact, ClassifierArtifact)
+            half = classifier and whole.artifact.precision == "fp16"
             providers = ort_providers(provider, folder, gpu_mem_limit, cuda_graphs, half)
-            mark_nms(whole.graph)
-            options = session_options(threads)
-            options.add_session_config_entry(*CONFIG_ENTRY)
-            self._session = self._open(path, whole.graph.SerializeToString(), options, providers)
+            content, options = whole.content, session_options(threads)
+            if provider == "cuda" and isinstance(whole.artifact, DetectorArtifact) and whole.artifact.nms:
+                content = with_nms_on_cpu(content)
+                options.add_session_config_entry(*NMS_ON_CPU)
+            self._session = self._open(path, content, options, providers)
         self.provider: str = self._session.get_providers()[0]
         if self.provider != NAMES[provider]:
             reason = f"onnxruntime gives {self.provider}: {why_not_given(provider)}"
             raise InputError(f"asked for {provider}, but {reason}; or ask for cpu")
+        if provider != "cpu":  # cuDNN's plans that do not fit are called errors at each run; it is of the whole process
+            ort.set_default_logger_severity(_FATAL)
         self.inputs = {value.name: (value.type, value.shape) for value in self._session.get_inputs()}
         self.outputs = {value.name: (value.type, value.shape) for value in self._session.get_outputs()}
 

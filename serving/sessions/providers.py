@@ -103,7 +103,7 @@ def _load(library: str) -> str | None:
 
 
 def ort_providers(
-    provider: Provider, cache: Path | None, gpu_mem_limit: int | None, cuda_graphs: bool, half: bool = False
+    provider: Provider, cache: Path | None, gpu_mem_limit: int | None, cuda_graphs: bool, half: bool
 ) -> list[tuple[str, dict[str, str]]]:
     """onnxruntime's `providers`, first choice first. TensorRT leaves to CUDA what it cannot do; both to the CPU.
 
