@@ -79,6 +79,28 @@ class MeanColor(nn.Module):
         return x.double().mean((2, 3)).float() * self.scale
 
 
+@pytest.mark.parametrize("before", ("tf32", "ieee"))
+def test_float32_is_float32_on_a_gpu_too(tmp_path, before) -> None:
+    """What a run asked for elsewhere is as it was, after it."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    kept, seen = [backend.fp32_precision for backend in backends], []
+
+    class Watching(MeanColor):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.extend(backend.fp32_precision for backend in backends)
+            return super().forward(x)
+
+    try:
+        for backend in backends:
+            backend.fp32_precision = before
+        predict(Watching(), dataset(draw(tmp_path, 2)), batch_size=2, workers=0)
+        assert seen == ["ieee"] * 2
+        assert [backend.fp32_precision for backend in backends] == [before] * 2
+    finally:
+        for backend, value in zip(backends, kept, strict=True):
+            backend.fp32_precision = value
+
+
 OUT_OF_MEMORY = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
