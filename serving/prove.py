@@ -116,8 +116,8 @@ def run_prove(
     config = _config(local, metadata, data, images, folder)
     settings = (*overrides, f"weights={json.dumps(str(local))}", f"output={json.dumps(str(folder / 'eval'))}")
     scoring = Scoring(config, settings, METRICS[metadata.task])
-    proof = Proof(metadata, provider, folder)
     provider = _alone(partial(_resolved, artifact, provider))
+    proof = Proof(metadata, provider, folder)
     # Elsewhere an answer's last bits depend on the batch that it is found in.
     bond: Bond = "exact" if provider == "cpu" else "near"
     checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact, provider)

@@ -79,26 +79,29 @@ class MeanColor(nn.Module):
         return x.double().mean((2, 3)).float() * self.scale
 
 
-@pytest.mark.parametrize("before", ("tf32", "ieee"))
+@pytest.mark.parametrize("before", (("medium", True), ("highest", False)))
 def test_float32_is_float32_on_a_gpu_too(tmp_path, before) -> None:
     """What a run asked for elsewhere is as it was, after it."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    kept, seen = [backend.fp32_precision for backend in backends], []
+
+    def now() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    def change(matrices: str, convolutions: bool) -> None:
+        torch.set_float32_matmul_precision(matrices)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
     class Watching(MeanColor):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.extend(backend.fp32_precision for backend in backends)
+            seen.append(now())
             return super().forward(x)
 
+    kept, seen = now(), []
     try:
-        for backend in backends:
-            backend.fp32_precision = before
+        change(*before)
         predict(Watching(), dataset(draw(tmp_path, 2)), batch_size=2, workers=0)
-        assert seen == ["ieee"] * 2
-        assert [backend.fp32_precision for backend in backends] == [before] * 2
+        assert (seen, now()) == ([("highest", False)], before)
     finally:
-        for backend, value in zip(backends, kept, strict=True):
-            backend.fp32_precision = value
+        change(*kept)
 
 
 OUT_OF_MEMORY = (
