@@ -123,13 +123,13 @@ def run_prove(
     checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact, provider)
 
     _say("evaluating the checkpoint")
-    proof.places[CHECKPOINT] = _alone(partial(_measure_here, scoring, checkpoint))  # what the others are held against
+    proof.places[CHECKPOINT] = _measure_alone(scoring, checkpoint)  # what the others are held against
     _say("evaluating the artefact")
-    proof.compare(ARTIFACT, _alone(partial(_measure_here, scoring, exported)), CHECKPOINT, "near", checkpoint, exported)
+    proof.compare(ARTIFACT, _measure_alone(scoring, exported), CHECKPOINT, "near", checkpoint, exported)
     without = _quantize(artifact, int8, scoring, calibration)
     if without is None:
         _say("evaluating the INT8 artefact")
-        measured = _alone(partial(_measure_here, scoring, partial(ArtifactSource, int8, "cpu")))
+        measured = _measure_alone(scoring, partial(ArtifactSource, int8, "cpu"))
         proof.compare(INT8, measured, ARTIFACT, "free", exported, exported)
     _say("evaluating the endpoint")
     served = ServedModel(name=NAME, artifact=str(artifact), provider=provider, num_gpus=float(provider in ON_GPU))
@@ -187,6 +187,10 @@ def _resolved(artifact: Path, wanted: Provider) -> Provider:
     """What `auto` is here; any other is opened, so that one that cannot be had is known before the long work."""
     given = OnnxModel(artifact, wanted).provider
     return next((provider for provider in ON_GPU if NAMES[provider] == given), "cpu" if wanted == "auto" else wanted)
+
+
+def _measure_alone(scoring: Scoring, source: Callable[[], Source]) -> Measured:
+    return _alone(partial(_measure_here, scoring, source))
 
 
 def _measure_here(scoring: Scoring, source: Callable[[], Source]) -> Measured:
