@@ -48,7 +48,8 @@ def _eval(args: argparse.Namespace) -> None:
     from backbones.checkpoint import pick_device
     from backbones.config import ClassifierConfig, load_config
     from backbones.distributed import is_main, process_group
-    from backbones.evaluate import headline, run_eval, summary
+    from backbones.evaluate import run_eval
+    from backbones.summary import headline, summary
 
     if bool(args.models) != bool(args.csv):
         raise InputError("--models and --csv go together: give the networks' names and the file for their figures")

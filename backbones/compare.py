@@ -14,9 +14,10 @@ from backbones.config import ClassifierConfig, load_config
 from backbones.cspnet import get_variant
 from backbones.distributed import everywhere, gather, is_main, on_main, world_size
 from backbones.errors import InputError
-from backbones.evaluate import describe, find_weights, headline, random_seed, run_eval, summary
+from backbones.evaluate import find_weights, random_seed, run_eval
 from backbones.files import check_writable, sha256, write_csv
 from backbones.published import RELEASES
+from backbones.summary import describe, headline, summary
 
 # What makes two evaluations the same one; `seed` is that of random weights.
 KEY = ("model", "weights_sha256", "ignore_head", "seed", "protocol", "data", "amp", "channels_last")

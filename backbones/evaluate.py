@@ -13,10 +13,11 @@ from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.distributed import on_main, together, world_size
 from backbones.engine import Predictions, predict
 from backbones.files import check_writable, sha256, versions, write_json
-from backbones.imagenet import ImageNet, list_samples
+from backbones.imagenet import ImageNet
 from backbones.metrics import Accuracy, Calibration, Outcomes, calibrate, confidence, rank, real_accuracy
-from backbones.preprocess import ClassifierPreprocess
 from backbones.published import RELEASES
+from backbones.samples import list_samples
+from backbones.summary import describe
 from backbones.weights import read_metadata, resolve
 
 VERSIONS = ("torch", "torchvision", "pillow", "numpy")
@@ -154,44 +155,6 @@ def published(config: ClassifierConfig) -> list[dict[str, Any]]:
         for figure in release.figures
         if figure.preprocess == config.preprocess
     ]
-
-
-def describe(preprocess: ClassifierPreprocess) -> str:
-    """A protocol in full; without it a figure is no figure."""
-    mean, std = (" ".join(f"{value:g}" for value in triple) for triple in (preprocess.mean, preprocess.std))
-    return f"{preprocess}, mean {mean}, std {std}"
-
-
-def headline(config: ClassifierConfig) -> str:
-    """What is going to be measured, in a line."""
-    head = f" with a random head, as ignore_head=true asks (seed {config.seed})" if config.ignore_head else ""
-    what = f"{config.model}, weights {config.weights}{head}"
-    return f"{what}: {describe(config.preprocess)}, decoded by {config.data.decoder}"
-
-
-def summary(result: dict[str, Any]) -> str:
-    """A result in a line."""
-    parts = [
-        f"top-1 {100 * result['top1']:.3f}  top-5 {100 * result['top5']:.3f}  "
-        f"on {result['images']} images of {len(result['per_class'])} classes"
-    ]
-    if result.get("real") and result["real"]["top1"] is not None:
-        parts.append(f"ReaL {100 * result['real']['top1']:.3f} on {result['real']['images']}")
-    if result.get("skipped"):
-        parts.append(f"{result['skipped']} skipped that cannot be decoded")
-    parts += [
-        f"published by {figure['by']} under this protocol: {100 * figure['top1']:.3f}, {100 * figure['top5']:.3f} "
-        f"on {figure['images']} images"
-        for figure in result.get("published", [])
-    ]
-    release = RELEASES.get(result.get("model", ""))
-    if release and result["weights"] == "timm" and not result["published"] and not result["ignore_head"]:
-        figure = release.figures[0]
-        parts.append(
-            f"no published figure under this protocol; {figure.by}'s is {figure.top1:.3f}, {figure.top5:.3f} "
-            f"under {describe(figure.preprocess)}"
-        )
-    return "; ".join(parts)
 
 
 def _device_name(device: torch.device) -> str:

@@ -81,13 +81,17 @@ PLAIN = "_plain"  # after a network's name: its twin without cross-stage paths
 ALIASES = {"cspdarknet53": "cspdarknet50"}
 
 
+def without_alias(name: str) -> str:
+    """A network's name, or a detector's that has one in it, by the table's own name for the network."""
+    return "_".join(ALIASES.get(part, part) for part in name.split("_"))
+
+
 def protocol(model: str) -> ClassifierPreprocess:
     """How a network is evaluated unless a config says otherwise: as its published weights were, else at 256 pixels.
 
     A plain twin is evaluated as the network it is compared with.
     """
-    model = model.removesuffix(PLAIN)
-    release = RELEASES.get(ALIASES.get(model, model))
+    release = RELEASES.get(without_alias(model.removesuffix(PLAIN)))
     return release.figures[0].preprocess if release else ClassifierPreprocess(resize=288, crop=256)
 
 

@@ -20,11 +20,12 @@ from backbones.distributed import is_main, process_group, rank, world_size
 from backbones.engine import evaluate, train_one_epoch
 from backbones.errors import InputError
 from backbones.evaluate import find_weights
-from backbones.imagenet import ImageNet, create_loader, list_samples
+from backbones.imagenet import ImageNet, create_loader
 from backbones.mix import Mix
 from backbones.optim import create_optimizer
 from backbones.plan import Plan
 from backbones.replica import average, average_statistics, replicate
+from backbones.samples import list_samples
 from backbones.weights import read_metadata
 
 

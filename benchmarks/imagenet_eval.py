@@ -28,8 +28,9 @@ from backbones.cspnet import create_model
 from backbones.engine import normalize, predict, train_one_epoch
 from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
-from backbones.imagenet import ImageNet, create_loader, list_samples
+from backbones.imagenet import ImageNet, create_loader
 from backbones.published import ALIASES, protocol
+from backbones.samples import list_samples
 from benchmarks.batch import draw
 from benchmarks.contest import device_name, take_turns
 

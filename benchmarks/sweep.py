@@ -28,8 +28,9 @@ from backbones.files import versions, write_json
 from backbones.variants import VARIANTS
 from benchmarks.contest import table
 from benchmarks.export import random_classifier, random_detector
+from detection.config import is_detector
 from detection.published import RESNET50
-from detection.spec import is_detector, names
+from detection.spec import names
 from serving.artifact import ClassifierArtifact
 from serving.export import run_export
 from serving.runtime import OnnxModel, usable_cores

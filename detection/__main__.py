@@ -36,7 +36,8 @@ def _eval(args: argparse.Namespace) -> None:
     from backbones.config import load_config
     from backbones.distributed import is_main, process_group
     from detection.config import DetectorConfig
-    from detection.evaluate import headline, run_eval, summary
+    from detection.evaluate import run_eval
+    from detection.summary import headline, summary
 
     config = load_config(DetectorConfig, args.config, args.overrides)
     if args.detections:
@@ -58,7 +59,8 @@ def _score(args: argparse.Namespace) -> None:
 
 def _print_score(detections: str, annotations: str, images: str | None, output: str, metric: "Metric") -> None:
     from backbones.distributed import check_alone
-    from detection.evaluate import score_results, summary
+    from detection.evaluate import score_results
+    from detection.summary import summary
 
     check_alone("scoring a results file")
     result = score_results(detections, annotations, images, output, metric)

@@ -51,11 +51,6 @@ def parse(name: str) -> Name:
     return Name(match[1], backbone, cast(Neck, match[3]), match[4] is not None)
 
 
-def is_detector(name: str) -> bool:
-    """Whether a name is a detector's and not a classifier's; it may still be unknown."""
-    return name.partition("_")[0] in FAMILIES
-
-
 def _unknown(name: str) -> InputError:
     near = difflib.get_close_matches(name, list(names([*VARIANTS, *ALIASES, RESNET50])), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "`python -m detection models` lists them"

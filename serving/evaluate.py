@@ -1,4 +1,4 @@
-"""The two packages' metrics on an artefact, on a live endpoint, or on a batch job's results.
+"""The two packages' metrics on an artefact, on a live endpoint, or on a batch job's results; no torch here.
 
 The data sets and the metric are those of `backbones eval` and `detection eval`; only the predictions come
 from elsewhere, so that the figures can be held side by side.
@@ -12,20 +12,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from backbones.config import ClassifierConfig, load_config, read_values
-from backbones.cspnet import get_variant
 from backbones.errors import InputError
-from backbones.evaluate import summary as classifier_summary
 from backbones.files import write_json
-from backbones.imagenet import list_samples
 from backbones.metrics import Accuracy
 from backbones.progress import progress
-from backbones.published import ALIASES
+from backbones.published import without_alias
+from backbones.samples import list_samples
+from backbones.summary import summary as classifier_summary
 from detection.coco import read_coco
 from detection.coco_eval import evaluate as coco_figures
 from detection.coco_eval import to_results
-from detection.config import DetectorConfig
-from detection.evaluate import summary as detector_summary
-from detection.spec import canonical_name, is_detector
+from detection.config import DetectorConfig, is_detector
+from detection.summary import summary as detector_summary
 from serving.api.schemas import parse_classify, parse_detect
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.calls import ServerError
@@ -102,7 +100,7 @@ class EndpointSource:
 
 def _find_model(client: Client, network: str) -> str:
     names = list(dict.fromkeys(str(entry["name"]) for entry in client.models()))  # of several versions once
-    network = ALIASES.get(network, network)
+    network = without_alias(network)
     found = [name for name in names if client.artifact(name).model == network]
     if len(found) != 1:
         raise InputError(
@@ -146,13 +144,13 @@ def run_eval(config: str, overrides: Sequence[str], source: Source) -> tuple[dic
     _same(task, source.metadata.task, "task")
     if isinstance(source.metadata, ClassifierArtifact):
         classifier = load_config(ClassifierConfig, config, overrides)
-        _same(get_variant(classifier.model)[0], source.metadata.model, "model")
+        _same(without_alias(classifier.model), source.metadata.model, "model")
         _same(classifier.preprocess, source.metadata.preprocess, "preprocess")
         result, output = _top1(classifier, source, source.metadata), classifier.output
         line = classifier_summary(result)
     else:
         detector = load_config(DetectorConfig, config, overrides)
-        _same(canonical_name(detector.model), source.metadata.model, "model")
+        _same(without_alias(detector.model), source.metadata.model, "model")
         _same(detector.preprocess, source.metadata.preprocess, "preprocess")
         for name, value in detector.thresholds().items():
             _same(value, getattr(source.metadata, name), name)

@@ -10,16 +10,11 @@ agree do not, and says at which stage they part.
 """
 
 import json
-import multiprocessing
-import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -29,56 +24,22 @@ from backbones.files import check_writable, versions, write_aside, write_json
 from backbones.weights import resolve
 from serving.artifact import Artifact
 from serving.config import ServedModel, ServingConfig
-from serving.evaluate import ArtifactSource, EndpointSource, Source, run_eval
+from serving.evaluate import ArtifactSource, EndpointSource
 from serving.export import run_export
-from serving.jobs.results import Row, to_row, to_table
 from serving.proof.agreement import Bond, Disagreement
 from serving.proof.batch import BatchSource
 from serving.proof.checkpoint import CheckpointSource
-from serving.proof.memory import PeakMemory
-from serving.proof.table import HEADER, Measured, Proof
+from serving.proof.measure import Scoring, alone, measure_alone, measure_with_children, resolved
+from serving.proof.table import HEADER, Proof
 from serving.quantize import run_quantize
-from serving.runtime import OnnxModel
 from serving.serve import start
-from serving.sessions.providers import NAMES, ON_GPU, Provider
+from serving.sessions.providers import ON_GPU, Provider
 
 METRICS = {"classification": "top1", "detection": "AP50"}
 CHECKPOINT, ARTIFACT, INT8 = "checkpoint, PyTorch", "artefact", "INT8 artefact, on the CPU"
 ENDPOINT, BATCH = "endpoint, Ray Serve", "batch job, Ray Data"
 VERSIONS = ("cspnet", "torch", "torchvision", "onnxruntime-gpu", "ray", "pillow", "numpy")
 NAME = "model"  # of the artefact, where it is served
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """A data set and its metric."""
-
-    config: str
-    overrides: tuple[str, ...]
-    metric: str
-
-    def measure(self, source: Source) -> Measured:
-        """Score a source and keep its answers."""
-        recorded = Recorded(source)
-        result = run_eval(self.config, self.overrides, recorded)[0]
-        return Measured(float(result[self.metric]), recorded.kept, recorded.seconds)
-
-
-class Recorded:
-    """A source whose answers, and the seconds that they took, are kept."""
-
-    def __init__(self, source: Source):
-        self.name, self.metadata, self._source = source.name, source.metadata, source
-        self.kept: list[Row] = []
-        self.seconds = 0.0
-
-    def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
-        began = time.perf_counter()
-        for row in self._source.rows(paths):
-            self.kept.append(row)
-            self.seconds = time.perf_counter() - began
-            yield row
 
 
 def run_prove(
@@ -116,30 +77,30 @@ def run_prove(
     config = _config(local, metadata, data, images, folder)
     settings = (*overrides, f"weights={json.dumps(str(local))}", f"output={json.dumps(str(folder / 'eval'))}")
     scoring = Scoring(config, settings, METRICS[metadata.task])
-    provider = _alone(partial(_resolved, artifact, provider))
+    provider = alone(partial(resolved, artifact, provider))
     proof = Proof(metadata, provider, folder)
     # Elsewhere an answer's last bits depend on the batch that it is found in.
     bond: Bond = "exact" if provider == "cpu" else "near"
     checkpoint, exported = partial(CheckpointSource, local, metadata), partial(ArtifactSource, artifact, provider)
 
     _say("evaluating the checkpoint")
-    proof.places[CHECKPOINT] = _measure_alone(scoring, checkpoint)  # what the others are held against
+    proof.places[CHECKPOINT] = measure_alone(scoring, checkpoint)  # what the others are held against
     _say("evaluating the artefact")
-    proof.compare(ARTIFACT, _measure_alone(scoring, exported), CHECKPOINT, "near", checkpoint, exported)
+    proof.compare(ARTIFACT, measure_alone(scoring, exported), CHECKPOINT, "near", checkpoint, exported)
     without = _quantize(artifact, int8, scoring, calibration)
     if without is None:
         _say("evaluating the INT8 artefact")
-        measured = _measure_alone(scoring, partial(ArtifactSource, int8, "cpu"))
+        measured = measure_alone(scoring, partial(ArtifactSource, int8, "cpu"))
         proof.compare(INT8, measured, ARTIFACT, "free", exported, exported)
     _say("evaluating the endpoint")
     served = ServedModel(name=NAME, artifact=str(artifact), provider=provider, num_gpus=float(provider in ON_GPU))
     service = ServingConfig(port=0, models=(served,))
     with start(service, lambda _: None) as running:
         endpoint = partial(EndpointSource, f"{running.url}/v2/models/{NAME}")
-        proof.compare(ENDPOINT, _with_children(scoring, endpoint()), ARTIFACT, bond, exported, endpoint)
+        proof.compare(ENDPOINT, measure_with_children(scoring, endpoint()), ARTIFACT, bond, exported, endpoint)
     _say("running the batch job")
     job = partial(BatchSource, artifact, provider, metadata, folder / "batch")
-    proof.compare(BATCH, _with_children(scoring, job()), ARTIFACT, bond, exported, job)
+    proof.compare(BATCH, measure_with_children(scoring, job()), ARTIFACT, bond, exported, job)
     return _report(proof, scoring, without)
 
 
@@ -175,37 +136,6 @@ def _quantize(artifact: Path, int8: Path, scoring: Scoring, calibration: str | N
         print(f"without an INT8 artefact: {error}", flush=True)
         return str(error)
     return None
-
-
-def _alone(work: Callable[[], Result]) -> Result:
-    """Done in a process of its own, whose memory nothing else takes."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work).result()
-
-
-def _resolved(artifact: Path, wanted: Provider) -> Provider:
-    """What `auto` is here; any other is opened, so that one that cannot be had is known before the long work."""
-    given = OnnxModel(artifact, wanted).provider
-    return next((provider for provider in ON_GPU if NAMES[provider] == given), "cpu" if wanted == "auto" else wanted)
-
-
-def _measure_alone(scoring: Scoring, source: Callable[[], Source]) -> Measured:
-    return _alone(partial(_measure_here, scoring, source))
-
-
-def _measure_here(scoring: Scoring, source: Callable[[], Source]) -> Measured:
-    opened = source()
-    measured = scoring.measure(opened)
-    rows = [to_row(record) for record in to_table(measured.rows, opened.metadata).to_pylist()]  # lighter to carry
-    unit = 1 if sys.platform == "darwin" else 1024
-    return replace(measured, rows=rows, peak_bytes=unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-
-def _with_children(scoring: Scoring, source: Source) -> Measured:
-    """Measured here, where the work is that of Ray's processes."""
-    with PeakMemory() as peak:
-        measured = scoring.measure(source)
-    return replace(measured, peak_bytes=peak.bytes)
 
 
 def _report(proof: Proof, scoring: Scoring, without_int8: str | None) -> dict[str, Any]:

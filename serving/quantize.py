@@ -1,5 +1,5 @@
 """A float artefact to an INT8 one: the ranges of its activations from training images, what is best kept in float from
-a short search, and its accuracy and speed measured against the float one before anything is written.
+a short search, and its accuracy and speed measured against the float one before anything is written; no torch here.
 """
 
 import tempfile
@@ -16,9 +16,9 @@ import onnx
 from backbones.config import ClassifierConfig, load_config
 from backbones.errors import InputError
 from backbones.files import check_writable, list_images, write_aside
-from backbones.imagenet import list_samples
 from backbones.layouts import Source
 from backbones.progress import progress
+from backbones.samples import list_samples
 from detection.coco import read_coco
 from detection.config import DetectorConfig
 from serving import selftest

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from backbones.augment import TrainAugment, randaugment
-from backbones.imagenet import ImageNet, Sample, create_loader
+from backbones.imagenet import ImageNet, create_loader
 from backbones.mix import Mix
 from backbones.preprocess import ClassifierPreprocess
+from backbones.samples import Sample
 
 ALL = {"vertical_flip": 0.5, "color_jitter": 0.2, "magnitude": 9, "random_erasing": 0.5}
 

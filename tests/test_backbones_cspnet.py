@@ -7,7 +7,7 @@ import torch
 from backbones.blocks import ConvNormAct, DarkBlock, leaky_relu
 from backbones.cspnet import create_model, get_variant
 from backbones.errors import InputError
-from backbones.published import ALIASES, PAPER, RELEASES, protocol
+from backbones.published import ALIASES, PAPER, RELEASES, protocol, without_alias
 from backbones.stages import Blocks, CrossStage, Resolution
 from backbones.variants import VARIANTS
 
@@ -157,7 +157,9 @@ def test_without_classes_the_head_gives_features():
 
 def test_aliases_and_unknown_names():
     assert create_model("cspdarknet53", 2).name == ALIASES["cspdarknet53"] == "cspdarknet50"
-    assert get_variant("cspdarknet53_plain")[0] == "cspdarknet50_plain"
+    for name in ("cspdarknet53_plain", *ALIASES, *VARIANTS):
+        assert without_alias(name) == get_variant(name)[0]
+    assert without_alias("cspdarknet53_plain") == "cspdarknet50_plain"
     with pytest.raises(InputError, match="unknown model 'cspresnet5': did you mean 'cspresnet50'?"):
         create_model("cspresnet5")
     with pytest.raises(InputError, match="darknet53 is plain itself"):

@@ -21,11 +21,13 @@ from backbones.config import ClassifierConfig, load_config
 from backbones.cspnet import create_model
 from backbones.engine import evaluate, predict
 from backbones.errors import InputError
-from backbones.evaluate import describe, headline, published, run_eval, summary
-from backbones.imagenet import ImageNet, Sample
+from backbones.evaluate import published, run_eval
+from backbones.imagenet import ImageNet
 from backbones.memory import in_parts
 from backbones.preprocess import ClassifierPreprocess
 from backbones.published import RELEASES, protocol
+from backbones.samples import Sample
+from backbones.summary import describe, headline, summary
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "imagenet" / "cspresnet50.yaml"
@@ -323,6 +325,8 @@ import json, os, sys
 import torch
 from backbones.__main__ import main
 from backbones.distributed import process_group
+from backbones.samples import Sample
+from backbones.summary import describe, headline, summary
 os.makedirs(os.environ["RANK"], exist_ok=True)
 os.chdir(os.environ["RANK"])  # machines without a common disk
 with process_group(torch.device("cpu")):

@@ -13,10 +13,11 @@ from shared_data import real
 from backbones.__main__ import main
 from backbones.config import ClassifierConfig, ImageData, load_config
 from backbones.errors import InputError
-from backbones.imagenet import ImageNet, Sample, create_loader, list_samples
+from backbones.imagenet import ImageNet, create_loader
 from backbones.labels import wordnet_ids
 from backbones.preprocess import ClassifierPreprocess, ImageError, classifier_pixels, decode
 from backbones.published import ALIASES, RELEASES, protocol
+from backbones.samples import Sample, list_samples
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imagenet" / "cspresnet50.yaml"
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from backbones.config import ClassifierConfig, ImageData, load_config
 from backbones.errors import InputError
-from backbones.imagenet import Sample, list_samples
 from backbones.labels import wordnet_ids
 from backbones.preprocess import ImageError
+from backbones.samples import Sample, list_samples
 from backbones.train import run_train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "imagenet" / "cspresnet50.yaml"

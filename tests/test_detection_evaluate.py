@@ -21,9 +21,10 @@ from detection.coco import read_coco
 from detection.coco_eval import FIGURES
 from detection.config import DetectorConfig
 from detection.engine import evaluate
-from detection.evaluate import published_figures, run_eval, summary
+from detection.evaluate import published_figures, run_eval
 from detection.images import EvaluationImages, create_loader
 from detection.models import create_detector
+from detection.summary import summary
 from serving.shapes import draw_detection
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from exported import CROP, classifier_weights
+from exported import CROP, FAMILIES, classifier_weights
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -19,7 +19,6 @@ from serving.export import OPSET, run_export, without_paths
 from serving.graph.half import to_half
 from serving.runtime import OnnxModel
 
-FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn")
 # In one export, as each takes a minute.
 HALF = ("--precision", "fp16", "--score-threshold", "0.25", "--nms-iou", "0.4", "--max-detections", "20")
 
@@ -189,7 +188,7 @@ def test_raw_heads(exported):
 
 @pytest.mark.slow
 def test_masks_are_an_output(exported):
-    model = OnnxModel(exported("maskrcnn"), "cpu")
+    model = OnnxModel(exported("maskrcnn_v2"), "cpu")
     assert model.metadata.masks
     assert model.outputs["masks"][1] == ["N", 30, 28, 28]
 

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from artifacts import write_classifier, write_detector
+from exported import FAMILIES
 from PIL import Image
 
 from backbones.cspnet import create_model
@@ -29,14 +30,6 @@ from serving.parity import (
 )
 from serving.runtime import OnnxModel
 
-SECOND = ["retinanet_v2", "maskrcnn_v2"]  # the latter has Faster R-CNN's second box head
-FAMILIES = [
-    "retinanet",
-    "fcos",
-    "fasterrcnn",
-    "maskrcnn",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in SECOND),
-]
 CANVASES = [(128, 128), (128, 256), (256, 128)]
 Exported = Callable[[str], Path]
 Array = npt.NDArray[np.generic]

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +199,8 @@ def test_one_number(exported, shapes, tmp_path, capsys) -> None:
         assert result["places"][name]["largest"] == {"logits": 0.0, "scores": 0.0}
     assert result["places"][INT8]["largest"]["scores"] > 0  # eight bits are another number
     assert all(place["peak_bytes"] > 50e6 and place["images_per_s"] > 0 for place in result["places"].values())
+    peaks = [result["places"][name]["peak_bytes"] for name in (CHECKPOINT, ARTIFACT)]
+    assert peaks[1] < 0.7 * peaks[0]  # without PyTorch, and without what this process takes
     assert json.loads((tmp_path / "prove.json").read_text())["places"] == result["places"]
     assert result["provider"] == "cpu" or driver_problem() is None
     printed = capsys.readouterr().out
@@ -205,11 +209,13 @@ def test_one_number(exported, shapes, tmp_path, capsys) -> None:
 
 
 def test_an_endpoint_that_answers_otherwise_fails_the_command(exported, shapes, tmp_path, monkeypatch) -> None:
-    """One that resizes in another way."""
+    """One that resizes in another way, in place of a service."""
 
     def other(path: Path, *_: object) -> Changed:
         return Changed(tmp_path / "model.onnx", by_nearest)
 
+    nowhere = nullcontext(SimpleNamespace(url="http://nowhere"))
+    monkeypatch.setattr(prove, "start", lambda *_: nowhere)
     monkeypatch.setattr(prove, "EndpointSource", other)
     monkeypatch.setattr(prove, "_quantize", lambda *_: "not in this test")
     monkeypatch.setattr(prove, "BatchSource", lambda artifact, *_: ArtifactSource(artifact, "cpu"))

@@ -11,9 +11,10 @@ import torch
 from backbones.checkpoint import pick_device
 from backbones.cspnet import create_model
 from backbones.engine import predict
-from backbones.imagenet import ImageNet, Sample
+from backbones.imagenet import ImageNet
 from backbones.metrics import rank
 from backbones.preprocess import DetectorPreprocess, decode
+from backbones.samples import Sample
 from backbones.schema import Device
 from detection.coco import CocoSet, Record
 from detection.engine import evaluate

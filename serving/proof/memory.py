@@ -1,6 +1,8 @@
-"""The memory that this process's children take, Ray's workers among them; no torch here."""
+"""The memory that this process takes, and its children, Ray's workers among them; no torch here."""
 
 import os
+import resource
+import sys
 import threading
 from pathlib import Path
 
@@ -40,6 +42,13 @@ class PeakMemory:
                 return
             known = found
             self._ended.wait(POLL_S)
+
+
+def own_peak() -> int:
+    """The largest resident size, in bytes, that this process has reached."""
+    peak = _peak(os.getpid())  # on Linux the usage has the parent's in it, whose memory a new process begins with
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if peak is None else peak
 
 
 def _descendants(root: int) -> list[int]:

@@ -7,29 +7,13 @@ from typing import Any
 
 from serving.artifact import Artifact
 from serving.evaluate import Source
-from serving.jobs.results import Row
 from serving.proof.agreement import Agreement, Bond, parting
+from serving.proof.measure import Measured
 from serving.sessions.providers import Provider
 
 NEARLY = 1e-4  # that the metric may differ where answers are near
 DIFFERENCES = ("logits", "scores", "boxes")
 HEADER = ("measured on", "metric", *DIFFERENCES, "unmatched", "images/s", "peak MiB")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A place's answers to a data set.
-
-    Attributes:
-        metric: top-1 or AP50, in [0, 1].
-        seconds: from the first image to the last answer; reading and decoding are in it, and a batch job's start.
-        peak_bytes: resident, of its largest process; None where the system does not tell.
-    """
-
-    metric: float
-    rows: list[Row]
-    seconds: float
-    peak_bytes: int | None = None
 
 
 @dataclass
