@@ -82,8 +82,9 @@ ALIASES = {"cspdarknet53": "cspdarknet50"}
 
 
 def without_alias(name: str) -> str:
-    """A network's name, or a detector's that has one in it, by the table's own name for the network."""
-    return "_".join(ALIASES.get(part, part) for part in name.split("_"))
+    """The table's own name for a network's alias, or for its plain twin's; any other name stays as it is."""
+    base = name.removesuffix(PLAIN)
+    return ALIASES.get(base, base) + name[len(base) :]
 
 
 def protocol(model: str) -> ClassifierPreprocess:
@@ -91,7 +92,7 @@ def protocol(model: str) -> ClassifierPreprocess:
 
     A plain twin is evaluated as the network it is compared with.
     """
-    release = RELEASES.get(without_alias(model.removesuffix(PLAIN)))
+    release = RELEASES.get(without_alias(model).removesuffix(PLAIN))
     return release.figures[0].preprocess if release else ClassifierPreprocess(resize=288, crop=256)
 
 

@@ -36,7 +36,7 @@ from backbones.errors import exit_on_input_error
 from backbones.files import list_images, versions, write_json
 from benchmarks.contest import table
 from benchmarks.export import random_classifier, random_detector
-from detection.config import is_detector
+from detection.names import is_detector
 from serving.artifact import Artifact, read_whole
 from serving.batch import run_batch
 from serving.export import run_export

@@ -45,8 +45,8 @@ from backbones.weights import save_weights
 from benchmarks import plain
 from benchmarks.contest import excite, ratio, table, take_turns
 from detection.batched import BatchedDetector
-from detection.config import is_detector
 from detection.models import create_detector
+from detection.names import is_detector
 from serving.artifact import read_whole, write_artifact
 from serving.export import ExportedClassifier, run_export
 from serving.graph.calibrate import measure_ranges

@@ -30,7 +30,7 @@ from backbones.errors import InputError, exit_on_input_error
 from backbones.files import versions, write_json
 from benchmarks.contest import device_name, table, take_turns
 from benchmarks.export import CANVAS, as_list, in_session, in_torch, quantized, random_classifier, random_detector
-from detection.config import is_detector
+from detection.names import is_detector
 from serving.export import ExportedClassifier, run_export
 from serving.runtime import OnnxModel, usable_cores
 from serving.sessions.providers import PROVIDERS

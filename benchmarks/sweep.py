@@ -28,7 +28,7 @@ from backbones.files import versions, write_json
 from backbones.variants import VARIANTS
 from benchmarks.contest import table
 from benchmarks.export import random_classifier, random_detector
-from detection.config import is_detector
+from detection.names import is_detector
 from detection.published import RESNET50
 from detection.spec import names
 from serving.artifact import ClassifierArtifact

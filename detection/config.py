@@ -13,14 +13,8 @@ Norm = Literal["frozen", "batch", "sync", "group"]
 Level = Literal["c2", "c3", "c4", "c5"]
 FrozenStages = Literal["none", "stem", "c2", "c3", "c4", "c5"]
 ExtraLevels = Literal["none", "pool", "p6p7"]
-FamilyName = Literal["fasterrcnn", "retinanet", "fcos", "maskrcnn"]
 
 LEVELS: tuple[Level, ...] = get_args(Level)
-
-
-def is_detector(name: str) -> bool:
-    """Whether a name is a detector's and not a classifier's; it may still be unknown."""
-    return name.partition("_")[0] in get_args(FamilyName)
 
 
 class CocoData(Section):

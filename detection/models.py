@@ -22,9 +22,10 @@ from backbones.weights import load_state
 from detection import published
 from detection.config import DetectorSettings
 from detection.families import FAMILIES, Detector
+from detection.names import Name
 from detection.necks import BackboneWithNeck, ResNet50
 from detection.published import RESNET50, TORCHVISION
-from detection.spec import DetectorSpec, Name, checked, parse, resolve
+from detection.spec import DetectorSpec, checked, parse, resolve
 
 
 class ResizedImages(GeneralizedRCNNTransform):

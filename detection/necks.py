@@ -4,7 +4,6 @@ Shapes: N images, C channels of a backbone's map, D of the pyramid's, h x w cell
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,10 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from backbones.cspnet import CSPNet
 from detection.config import ExtraLevels
+from detection.names import Neck
 
-NECKS = ("fpn", "efm")
 EXTRA_LEVELS = {"none": 0, "pool": 1, "p6p7": 2}  # how many they are
 
-Neck = Literal["fpn", "efm"]
 NormLayer = Callable[[int], nn.Module]
 
 

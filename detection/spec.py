@@ -1,10 +1,8 @@
-"""What a detector is called and what it takes to build it."""
+"""What it takes to build a detector, by its name."""
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -17,21 +15,8 @@ from backbones.schema import Section
 from backbones.variants import VARIANTS
 from detection.config import DetectorConfig, DetectorSettings, FrozenStages, Norm
 from detection.families import FAMILIES
-from detection.necks import NECKS, Neck
+from detection.names import NECKS, Name, split
 from detection.published import RESNET50
-
-
-@dataclass(frozen=True)
-class Name:
-    """A detector's name in its parts; `backbone` is the table's, no alias."""
-
-    family: str
-    backbone: str
-    neck: Neck
-    second: bool
-
-    def __str__(self) -> str:
-        return f"{self.family}_{self.backbone}_{self.neck}" + "_v2" * self.second
 
 
 def parse(name: str) -> Name:
@@ -40,15 +25,14 @@ def parse(name: str) -> Name:
     Raises:
         InputError: unknown name, and the nearest one.
     """
-    match = re.fullmatch(rf"([a-z]+)_(.+)_({'|'.join(NECKS)})(_v2)?", name)
-    if match is None or match[1] not in FAMILIES or (2 if match[4] else 1) not in FAMILIES[match[1]].versions:
+    found = split(name)
+    if found is None or (2 if found.second else 1) not in FAMILIES[found.family].versions:
         raise _unknown(name)
-    backbone = match[2]
-    if backbone != RESNET50:
-        if backbone.removesuffix(PLAIN) not in {**VARIANTS, **ALIASES}:
+    if found.backbone != RESNET50:
+        if found.backbone.removesuffix(PLAIN) not in VARIANTS:
             raise _unknown(name)
-        backbone = get_variant(backbone)[0]
-    return Name(match[1], backbone, cast(Neck, match[3]), match[4] is not None)
+        get_variant(found.backbone)  # which refuses the plain twin of a plain network
+    return found
 
 
 def _unknown(name: str) -> InputError:
@@ -62,7 +46,7 @@ def names(backbones: Iterable[str]) -> Iterator[str]:
     for backbone in backbones:
         for neck in NECKS:
             for family, row in FAMILIES.items():
-                yield from (str(Name(family, backbone, cast(Neck, neck), version == 2)) for version in row.versions)
+                yield from (str(Name(family, backbone, neck, version == 2)) for version in row.versions)
 
 
 def canonical_name(name: str) -> str:

@@ -16,13 +16,13 @@ from backbones.errors import InputError
 from backbones.files import write_json
 from backbones.metrics import Accuracy
 from backbones.progress import progress
-from backbones.published import without_alias
 from backbones.samples import list_samples
 from backbones.summary import summary as classifier_summary
 from detection.coco import read_coco
 from detection.coco_eval import evaluate as coco_figures
 from detection.coco_eval import to_results
-from detection.config import DetectorConfig, is_detector
+from detection.config import DetectorConfig
+from detection.names import is_detector, without_alias
 from detection.summary import summary as detector_summary
 from serving.api.schemas import parse_classify, parse_detect
 from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
@@ -100,8 +100,7 @@ class EndpointSource:
 
 def _find_model(client: Client, network: str) -> str:
     names = list(dict.fromkeys(str(entry["name"]) for entry in client.models()))  # of several versions once
-    network = without_alias(network)
-    found = [name for name in names if client.artifact(name).model == network]
+    found = [name for name in names if client.artifact(name).model == without_alias(network)]
     if len(found) != 1:
         raise InputError(
             f"{client.url} serves {len(found)} models of {network} among {', '.join(names)}: "

@@ -11,7 +11,8 @@ from backbones.weights import save_weights
 from detection.models import build_detector
 from detection.spec import DetectorSpec
 
-FAMILIES = ("fcos", "retinanet_v2", "fasterrcnn", "maskrcnn_v2")  # of both versions; an export takes long
+# Every head once, as an export takes long; benchmarks.sweep has every kind.
+FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn_v2")
 CROP = ClassifierPreprocess(resize=40, crop=32)
 SIZE = DetectorPreprocess(min_size=96, max_size=128)
 

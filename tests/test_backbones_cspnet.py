@@ -159,6 +159,7 @@ def test_aliases_and_unknown_names():
     assert create_model("cspdarknet53", 2).name == ALIASES["cspdarknet53"] == "cspdarknet50"
     for name in ("cspdarknet53_plain", *ALIASES, *VARIANTS):
         assert without_alias(name) == get_variant(name)[0]
+    assert without_alias("cspdarknet53_paper_plain") == "cspdarknet53_paper_plain"
     assert without_alias("cspdarknet53_plain") == "cspdarknet50_plain"
     with pytest.raises(InputError, match="unknown model 'cspresnet5': did you mean 'cspresnet50'?"):
         create_model("cspresnet5")

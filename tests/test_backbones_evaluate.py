@@ -325,8 +325,6 @@ import json, os, sys
 import torch
 from backbones.__main__ import main
 from backbones.distributed import process_group
-from backbones.samples import Sample
-from backbones.summary import describe, headline, summary
 os.makedirs(os.environ["RANK"], exist_ok=True)
 os.chdir(os.environ["RANK"])  # machines without a common disk
 with process_group(torch.device("cpu")):

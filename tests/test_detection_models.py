@@ -1,5 +1,3 @@
-from typing import get_args
-
 import pytest
 import torch
 from torch import nn
@@ -11,12 +9,11 @@ from backbones.config import load_config
 from backbones.cspnet import create_model
 from backbones.errors import InputError
 from backbones.preprocess import DetectorPreprocess
-from backbones.published import without_alias
 from backbones.weights import save_weights
-from detection import published
-from detection.config import DetectorConfig, FamilyName
-from detection.families import FAMILIES
+from detection import families, published
+from detection.config import DetectorConfig
 from detection.models import build_detector, create_detector, has_masks, thresholds
+from detection.names import FAMILY_NAMES, without_alias
 from detection.spec import DetectorSpec, canonical_name, names, spec_of
 from detection.weights import OF_CLASSES, load_detector, start_from
 
@@ -345,9 +342,12 @@ def test_bad_names_and_files(tmp_path):
     for name in ("yolo", "fcos_resnet50_fpn_v2", "fcos_resnet50_plain_fpn", "fcos_cspresnet50_pan"):
         with pytest.raises(InputError, match=f"unknown detector '{name}'"):
             create_detector(name)
-    for resolve in (canonical_name, without_alias):
-        assert resolve("maskrcnn_cspdarknet53_plain_efm_v2") == "maskrcnn_cspdarknet50_plain_efm_v2"
-    assert set(get_args(FamilyName)) == set(FAMILIES)
+    assert canonical_name("maskrcnn_cspdarknet53_plain_efm_v2") == "maskrcnn_cspdarknet50_plain_efm_v2"
+    for name in names(["cspdarknet53", "cspdarknet53_plain", "cspdarknet53_paper", "darknet53", "resnet50"]):
+        assert without_alias(name) == canonical_name(name)
+    for name in ("cspdarknet53", "cspdarknet53_paper_plain", "nonesuch", "fcos_nonesuch_fpn"):
+        assert without_alias(name) == {"cspdarknet53": "cspdarknet50"}.get(name, name)
+    assert families.FAMILIES.keys() == set(FAMILY_NAMES)
     assert has_masks("maskrcnn_resnet50_fpn") and not has_masks("fasterrcnn_resnet50_fpn")
     save_weights(tmp_path / "c.safetensors", create_model("cspresnet10", 2), {"model": "cspresnet10"})
     with pytest.raises(InputError, match="holds cspresnet10, no detector"):

@@ -170,6 +170,7 @@ def test_commands(line, capsys):
     ("extra", "message"),
     [
         (["model=cspresnext10"], "the config's model is cspresnext10, the artefact's is cspresnet10"),
+        (["model=cspresnet9"], "the config's model is cspresnet9, the artefact's is cspresnet10"),
         (["preprocess.crop=30"], "the config's preprocess is resize 40 bicubic, centre crop 30, the artefact's is"),
         (["data.root=/nowhere"], "data.root=/nowhere is no folder"),
         (["data.on_error=skip"], "data.on_error=skip and data.real_labels are for checkpoints"),

@@ -199,8 +199,8 @@ def test_one_number(exported, shapes, tmp_path, capsys) -> None:
         assert result["places"][name]["largest"] == {"logits": 0.0, "scores": 0.0}
     assert result["places"][INT8]["largest"]["scores"] > 0  # eight bits are another number
     assert all(place["peak_bytes"] > 50e6 and place["images_per_s"] > 0 for place in result["places"].values())
-    peaks = [result["places"][name]["peak_bytes"] for name in (CHECKPOINT, ARTIFACT)]
-    assert peaks[1] < 0.7 * peaks[0]  # without PyTorch, and without what this process takes
+    peaks = {name: place["peak_bytes"] for name, place in result["places"].items()}
+    assert result["provider"] != "cpu" or peaks[ARTIFACT] < 0.7 * peaks[CHECKPOINT]  # without PyTorch or this process
     assert json.loads((tmp_path / "prove.json").read_text())["places"] == result["places"]
     assert result["provider"] == "cpu" or driver_problem() is None
     printed = capsys.readouterr().out

@@ -34,7 +34,7 @@ Exported = Callable[..., Path]
 Arrays = dict[str, np.ndarray[Any, Any]]
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("own_caches")
-FAMILIES = ("retinanet_v2", "fcos", "fasterrcnn")
+FAMILIES = ("retinanet", "fcos", "fasterrcnn")
 
 
 @pytest.fixture
@@ -322,7 +322,7 @@ def test_buffers_of_cuda_graphs(classifier: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "nms", "moved"),
     [
-        ("retinanet_v2", 1, ["Equal", "Where", "NonMaxSuppression"]),
+        ("retinanet", 1, ["Equal", "Where", "NonMaxSuppression"]),
         ("fcos", 1, ["Equal", "Where", "NonMaxSuppression"]),
         ("fasterrcnn", 2, ["NonMaxSuppression"]),  # the first is that of the proposals
     ],

@@ -66,19 +66,23 @@ class Recorded:
 
 
 def alone(work: Callable[[], Result]) -> Result:
-    """Done in a process of its own, whose memory nothing else takes."""
+    """What `work` gives, or raises, in a process of its own, whose memory nothing else takes; pickled on its way."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work).result()
 
 
 def resolved(artifact: Path, wanted: Provider) -> Provider:
-    """What `auto` is here; any other is opened, so that one that cannot be had is known before the long work."""
+    """What `auto` is here; any other is opened, so that one that cannot be had is known before the long work.
+
+    Raises:
+        InputError: one that cannot be had.
+    """
     given = OnnxModel(artifact, wanted).provider
     return next((provider for provider in ON_GPU if NAMES[provider] == given), "cpu" if wanted == "auto" else wanted)
 
 
 def measure_alone(scoring: Scoring, source: Callable[[], Source]) -> Measured:
-    """A source in a process of its own, with the memory that this takes."""
+    """A source in a process of its own, with the memory that this takes; raises what opening or scoring it raises."""
     return alone(partial(_measure_here, scoring, source))
 
 
