@@ -1,4 +1,4 @@
-"""The batch job beside onnxruntime loops without Ray over the same files, on this machine's CPU.
+"""The batch job beside onnxruntime loops without Ray over the same files.
 
     python -m benchmarks.batch [--models cspresnet50 …] [--images 512] [--rounds 3] [--actors 1 2] [--json FILE]
 

@@ -8,7 +8,6 @@ counts are not exact or an image is missing or twice. A job that held names or r
 """
 
 import argparse
-import collections
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from benchmarks.contest import table
 from benchmarks.export import random_classifier
+from benchmarks.processes import pss_mb, tree
 from serving.export import run_export
 from serving.jobs.results import iter_rows
 
@@ -73,12 +73,11 @@ def watch(root: Path, count: int, actors: int) -> dict[str, Any]:
     )
     start = time.perf_counter()
     job = subprocess.Popen([sys.executable, "-m", "serving", "batch", str(root / "job.yaml")])
-    peaks: dict[str, int] = collections.Counter()
+    peaks = dict.fromkeys(("job_mib", "largest_worker_mib", "all_mib"), 0.0)
     while job.poll() is None:
-        held = {pid: pss(pid) for pid in [job.pid, *descendants(job.pid)]}
-        peaks["job_mib"] = max(peaks["job_mib"], held[job.pid] >> 10)
-        peaks["largest_worker_mib"] = max(peaks["largest_worker_mib"], max(held.values()) >> 10)
-        peaks["all_mib"] = max(peaks["all_mib"], sum(held.values()) >> 10)
+        held = {process.pid: pss_mb(process.pid) for process in tree(job.pid)}
+        seen = (held.get(job.pid, 0), max(held.values(), default=0), sum(held.values()))
+        peaks = {name: max(peaks[name], value) for name, value in zip(peaks, seen, strict=True)}
         time.sleep(0.5)
     assert job.returncode == 0, f"the job ended with {job.returncode}"
     rows = [(row.path, row.error is not None) for row in iter_rows(output / "m")]
@@ -87,31 +86,6 @@ def watch(root: Path, count: int, actors: int) -> dict[str, Any]:
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["images"], summary["errors"]) == (count, len(range(0, count, BROKEN))), summary
     return {"seconds": time.perf_counter() - start, "images_per_s": summary["images_per_s"], **peaks}
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that a process has started, and theirs."""
-    children: dict[int, list[int]] = collections.defaultdict(list)
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
-        children[parent].append(int(stat.parent.name))
-    found, next_ = [], [pid]
-    while next_:
-        next_ = [child for parent in next_ for child in children[parent]]
-        found += next_
-    return found
-
-
-def pss(pid: int) -> int:
-    """KiB that a process holds, of shared pages its share."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def markdown(result: dict[str, Any]) -> str:

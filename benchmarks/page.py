@@ -18,7 +18,8 @@ HEAD = """# Benchmarks
 
 What `python -m benchmarks run` measured, and on a GPU `benchmarks/gpu.sh`; `python -m benchmarks page` wrote this page
 and drew its pictures from their JSON. Each part is one command, whose contestants have their turns side by side in one
-run, so that what else the machine does falls on all of them.
+run, so that what else the machine does falls on all of them. Peers are their packages as published, unmodified: servers
+each in an environment of its own, libraries in this project's, since they take turns in one process.
 """
 QUICK = "**A smoke run (`--quick`) of few rounds and short turns: its figures show that it works and measure nothing.**"
 

@@ -62,7 +62,7 @@ PARTS = {
     "sweep": Part("sweep", "Export of every network", quick=_words("cspresnet10 fcos_cspresnet10_fpn")),
     "serving": Part(
         "serving", "The service", _words("--rounds 2"),
-        quick=_words("--rounds 1 --seconds 1 --models cspresnet50 --peers"),
+        quick=_words("--rounds 1 --seconds 1 --models cspresnet50 --peer-models nothing --peers"),
     ),
     "stress": Part("stress", "The service under stress", _words("--minutes 10"), quick=_words("--parts overload stop")),
     "batch": Part(

@@ -173,22 +173,24 @@ def clients(result: Result) -> Figure | None:
     """Requests a second, median and 99th percentile of the latency over the number of clients, by server"""
     if "peers" not in result:
         return None
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3)
+    models = result["peers"]
+    figure = Figure(figsize=(10, 3.2 * len(models)), layout="constrained")
+    panels = figure.subplots(len(models), 3, squeeze=False)
     shown = {"requests_per_s": "requests a second", "p50_ms": "p50, ms", "p99_ms": "p99, ms"}
-    for axes, (key, label) in zip(panels, shown.items(), strict=True):
-        for name, turns in result["peers"].items():
-            counts = list(turns[0]["clients"])
-            values = [median(turns, "clients", count, key) for count in counts]
-            axes.plot([int(count) for count in counts], values, marker="o", markersize=4, label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([int(count) for count in counts], counts)
-        axes.set(xlabel="clients", title=label)
-        if key == "requests_per_s":
-            axes.set_ylim(bottom=0)
-        else:
-            _logarithmic(axes, "y")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    for row, (model, servers) in zip(panels, models.items(), strict=True):
+        for axes, (key, label) in zip(row, shown.items(), strict=True):
+            for name, turns in servers.items():
+                counts = list(turns[0]["clients"])
+                values = [median(turns, "clients", count, key) for count in counts]
+                axes.plot([int(count) for count in counts], values, marker="o", markersize=4, label=name)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([int(count) for count in counts], counts)
+            axes.set(xlabel="clients", title=f"{model}: {label}")
+            if key == "requests_per_s":
+                axes.set_ylim(bottom=0)
+            else:
+                _logarithmic(axes, "y")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 

@@ -34,12 +34,16 @@ def tree(root: int) -> list[Process]:
 
 def memory_mb(root: int) -> float:
     """Of the processes below `root` and of it; a page that several share counts once (PSS)."""
-    total = 0
-    for process in tree(root):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+    return sum(pss_mb(process.pid) for process in tree(root))
+
+
+def pss_mb(pid: int) -> float:
+    """Of one process, which has its share of a page that several share; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0) / 1024
 
 
 def _stat(pid: int) -> tuple[str, int, str] | None:

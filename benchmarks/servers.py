@@ -96,7 +96,9 @@ def peer(name: str, artifact: Path, folder: Path, picture: Path) -> Iterator[Run
     assert isinstance(metadata, ClassifierArtifact)
     port = str(free_port())
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "RAY_ADDRESS")}
-    environment |= {"MODEL": str(artifact), "CROP": str(metadata.preprocess.crop), "PORT": port}
+    preprocess = metadata.preprocess
+    environment |= {"MODEL": str(artifact), "PORT": port, "INTERPOLATION": preprocess.interpolation}
+    environment |= {"RESIZE": str(preprocess.resize), "CROP": str(preprocess.crop)}
     environment["CORES"] = str(usable_cores())
     environment |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_USAGE_STATS_ENABLED": "0", "BENTOML_DO_NOT_TRACK": "1"}
     bin_folder = install(name) / "bin"

@@ -1,14 +1,15 @@
 """The service against a bare onnxruntime loop and against other servers.
 
-    python -m benchmarks.serving [--parts bare peers] [--rounds 3] [--seconds 4] [--peers LitServe …] [--provider cpu]
-        [--replicas 1] [--json FILE]
+    python -m benchmarks.serving [--parts bare peers] [--rounds 3] [--seconds 4] [--peers LitServe …]
+        [--peer-models cspresnet50 nothing] [--provider cpu] [--replicas 1] [--json FILE]
 
 bare: a classifier (cspresnet50 at 256², a photograph-sized JPEG) and a detector at saturation and with one client,
 against the best of three loops that decode and run the same JPEG in one process without HTTP, both on `--provider`:
 while nothing else runs and, "beside", while the service is there and idle, whose processes take from the loop, too.
 
-peers: a model that costs nothing and a small picture, so that what is measured is the server: this project's at its
-defaults, Ray Serve at its, LitServe, BentoML, and FastAPI on uvicorn (`benchmarks/peers/`), each on the same artefact.
+peers: this project's server at its defaults, Ray Serve at its, LitServe, BentoML, and FastAPI on uvicorn
+(`benchmarks/peers/`), each on the same artefact: cspresnet50 with the JPEG of before, three times as long a turn, and a
+model that costs nothing with a small picture, so that what is measured is the server.
 
 Every round starts and ends each server and lets each have its turn, so that no server idles beside another; figures
 are medians over the rounds, and ratios those of a round. Server and load (wrk, or without it processes of ours) share
@@ -46,6 +47,8 @@ from serving.sessions.providers import ON_GPU, PROVIDERS
 CLASSIFIER, DETECTOR, NOTHING = "cspresnet50", "fcos_cspresnet10_fpn", "nothing"
 SATURATING = 32  # clients
 CLIENTS = ("1", "8", "32", "128")
+PHOTO = 640, 480  # pixels
+PICTURES = {CLASSIFIER: PHOTO, NOTHING: (64, 48)}  # that peers are asked about
 OURS = "cspnet"
 Figures = dict[str, Any]
 
@@ -56,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--seconds", type=at_least(1), default=4, help="of each measurement")
     parser.add_argument("--peers", nargs="*", choices=servers.PEERS, default=list(servers.PEERS))
+    parser.add_argument("--peer-models", nargs="+", choices=tuple(PICTURES), default=tuple(PICTURES))
     parser.add_argument("--models", nargs="+", choices=(CLASSIFIER, DETECTOR), default=(CLASSIFIER, DETECTOR))
     parser.add_argument("--provider", choices=PROVIDERS, default="cpu", help="of the part bare")
     parser.add_argument("--replicas", type=at_least(1), default=1, help="of each model of the part bare")
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "bare" in args.parts:
             result["bare"] = against_bare(args, Path(folder))
         if "peers" in args.parts:
-            result["peers"] = against_peers(args, Path(folder))
+            result["peers"] = {name: against_peers(args, name, Path(folder)) for name in args.peer_models}
             result["versions"] |= {name: servers.version(name) for name in args.peers}
     print(markdown(result))
     if args.json:
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
     """By model: images/s and ms of the service and of the loops in each round."""
-    picture = jpeg(folder / "photo.jpg", 640, 480)
+    picture = jpeg(folder / "photo.jpg", *PHOTO)
     body = picture.read_bytes()
     models = {name: artifact(name) for name in args.models}
     settings: Figures = {"provider": args.provider, "replicas": args.replicas}
@@ -105,22 +109,23 @@ def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
     return rounds
 
 
-def against_peers(args: argparse.Namespace, folder: Path) -> Figures:
+def against_peers(args: argparse.Namespace, model: str, folder: Path) -> Figures:
     """By server, a list of rounds; by number of clients: requests/s and the like."""
-    picture, path = jpeg(folder / "small.jpg", 64, 48), artifact(NOTHING)
+    picture, path = jpeg(folder / f"{model}.jpg", *PICTURES[model]), artifact(model)
+    seconds = args.seconds if model == NOTHING else 3 * args.seconds  # few requests a second
     rounds: Figures = {name: [] for name in (OURS, *args.peers)}
     for turn in range(args.rounds):
         names = list(rounds)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who comes first changes
             figures: Figures = {"clients": {}}
             if name == OURS:
-                with servers.ours({NOTHING: path}, folder, picture) as running:
-                    measure(running[NOTHING], args.seconds, figures)
+                with servers.ours({model: path}, folder, picture) as running:
+                    measure(running[model], seconds, figures)
             else:
                 with servers.peer(name, path, folder, picture) as server:
-                    measure(server, args.seconds, figures)
+                    measure(server, seconds, figures)
             rounds[name].append(figures)
-            print(json.dumps({name: figures}), flush=True)
+            print(json.dumps({model: {name: figures}}), flush=True)
     return rounds
 
 
@@ -180,8 +185,9 @@ def jpeg(path: Path, width: int, height: int) -> Path:
 
 def markdown(result: Figures) -> str:
     """A table of each part that was measured."""
-    tables = {"bare": bare_table, "peers": peers_table}
-    return "\n\n".join("\n".join(tables[part](result[part])) for part in tables if part in result)
+    tables = [bare_table(result["bare"])] if "bare" in result else []
+    tables += [[f"{name}:", "", *peers_table(rounds)] for name, rounds in result.get("peers", {}).items()]
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def bare_table(rounds: Figures) -> list[str]:

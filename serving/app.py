@@ -29,7 +29,7 @@ from serving.predictor import create_predictor
 from serving.runtime import OnnxModel, Provider, SideBySide, usable_cores
 from serving.service import grpc_service, traces
 from serving.service.endpoints import Endpoints
-from serving.service.metrics import ReplicaMetrics
+from serving.service.metrics import CountRefusals, ReplicaMetrics
 from serving.service.versions import HEADER, Handed, Reply, Route, Versions, hand, read_path, route_prefix
 from serving.sessions.providers import NAMES
 
@@ -265,7 +265,8 @@ def _content(reply: Reply | None) -> bytes:
 
 def middlewares() -> list[Middleware]:
     """What Ray puts round every HTTP server of the service; `service/environment.py` names it to Ray."""
-    return [Middleware(JsonErrors), *keys.from_environment(), access_log.from_environment()]  # the last is outermost
+    inner = [Middleware(JsonErrors), *keys.from_environment()]
+    return [*inner, Middleware(CountRefusals), access_log.from_environment()]  # the last is outermost
 
 
 def _warm(model: OnnxModel, probe: Any, sizes: Iterable[int]) -> None:

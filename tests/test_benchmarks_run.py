@@ -66,7 +66,7 @@ RESULTS = {
         }],
     },
     "sweep": {"rows": [{"model": "m", "problem": "too large"}]},
-    "serving": {"bare": {"m": [BARE]}, "peers": {"cspnet": [SERVER], "LitServe": [SERVER]}},
+    "serving": {"bare": {"m": [BARE]}, "peers": {"m": {"cspnet": [SERVER], "LitServe": [SERVER]}}},
     "stress": {"parts": {
         "soak": {"answers": 9, "failures": {"503": 2}, "memory_mb": [[10.0, 900.0]], "growth": 0.01, "broken": []},
         "kills": {

@@ -47,6 +47,11 @@ def lines_of(url: str, image: Path) -> str:
     return "".join(f"{image}: {label} {score:.2f} at {corners}\n" for label, score, corners in rows)
 
 
+@pytest.mark.parametrize("name", ["client.sh", "client.py", "client.mjs"])
+def test_the_page_shows_each(name: str) -> None:
+    assert f'--8<-- "examples/{name}"' in (EXAMPLES.parents[1] / "docs/examples/index.md").read_text()
+
+
 def test_python(url: str, image: Path) -> None:
     said = run(image.parent, sys.executable, str(EXAMPLES / "client.py"), str(image), "--url", url, "--model", "things")
     assert said == lines_of(url, image)

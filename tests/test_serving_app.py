@@ -132,6 +132,8 @@ def test_health_and_index(started: Started) -> None:
     assert started.http.get("/v2/health/live").status_code == 200
     assert started.http.get("/v2/health/ready").status_code == 200
     index = started.http.post("/v2/repository/index").json()
+    assert started.http.post("/v2/repository/index", json={"ready": True}).json() == index
+    check_error(started.http.post("/v2/repository/index", json={"ready": "yes"}), 400, '{"ready": true}')
     assert {row["name"]: (row["task"], row["state"]) for row in index} == {
         "classifier": ("classification", "READY"),
         "detector": ("detection", "READY"),
@@ -182,8 +184,8 @@ def test_openapi_is_of_what_is_there(started: Started) -> None:
     document = started.http.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         for method in methods:
-            name = "detector" if path.endswith("detect") else "classifier"
-            answer = started.http.request(method, path.format(model=name))
+            name = "detector" if path.endswith("/detect") else "classifier"
+            answer = started.http.request(method, path.format(model=name, version="1"))
             assert answer.status_code in (200, 400), (method, path, answer.text)  # POST has an empty body
             assert str(answer.status_code) in methods[method]["responses"], (method, path)
     assert "openapi.json" in started.http.get("/docs").text
@@ -192,7 +194,8 @@ def test_openapi_is_of_what_is_there(started: Started) -> None:
 def test_prometheus_reads_what_the_replicas_did(started: Started) -> None:
     assert started.post("detector/detect", picture("red")).status_code == 200
     assert started.post("detector/detect", b"nothing").status_code == 422
-    wanted = [
+    wait_for_metrics(
+        started,
         r'ray_cspnet_requests_total{.*action="detect".*code="200".*} [1-9]',
         r'ray_cspnet_requests_total{.*action="detect".*code="422".*} [1-9]',
         *(
@@ -202,8 +205,11 @@ def test_prometheus_reads_what_the_replicas_did(started: Started) -> None:
         r"ray_cspnet_batch_images_count{.*} [1-9]",
         r"ray_cspnet_waiting_images{.*} 0",
         r'ray_cspnet_replica{.*provider="CPUExecutionProvider".*} 1',
-    ]
-    deadline = time.monotonic() + 60
+    )
+
+
+def wait_for_metrics(started: Started, *patterns: str) -> None:
+    wanted, deadline = [*patterns], time.monotonic() + 60
     while wanted:
         said = started.prometheus()
         wanted = [pattern for pattern in wanted if not re.search(pattern, said)]
@@ -345,6 +351,7 @@ def test_503_at_once_when_overloaded(started: Started) -> None:
         assert answer.elapsed.total_seconds() < SLOW_TIMEOUT_S
     # The others are not held up, and the slow one is itself again.
     assert started.post("classifier/classify", picture("red")).status_code == 200
+    wait_for_metrics(started, r'ray_cspnet_refused_total{.*application="slow".*code="503".*} [1-9]')
 
 
 def test_a_client_that_goes_away_harms_nobody(started: Started) -> None:

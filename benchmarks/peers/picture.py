@@ -11,19 +11,18 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image, ImageOps
 
-CROP = int(os.environ["CROP"])
+RESIZE, CROP = int(os.environ["RESIZE"]), int(os.environ["CROP"])  # the short side, and what is kept of both
+FILTER = Image.Resampling[os.environ["INTERPOLATION"].upper()]
 CORES = int(os.environ["CORES"])  # that the process may use; a container's share may be less than it sees
 
 
 def prepare(data: bytes) -> Any:
-    """The upright picture's middle square, uint8 [CROP, CROP, 3]."""
+    """The middle of the upright, resized picture, uint8 [CROP, CROP, 3]."""
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
     width, height = upright.size
-    scale = CROP / min(width, height)
-    resized = upright.resize(
-        (max(CROP, round(scale * width)), max(CROP, round(scale * height))), Image.Resampling.BICUBIC
-    )
+    scale = RESIZE / min(width, height)
+    resized = upright.resize((round(scale * width), round(scale * height)), FILTER)
     left, top = (resized.width - CROP) // 2, (resized.height - CROP) // 2
     return np.asarray(resized.crop((left, top, left + CROP, top + CROP)))
 

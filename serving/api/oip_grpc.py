@@ -75,7 +75,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, Any]]] = {
         "raw_output_contents": (6, [_BYTES]),
     },
     "InferOutputTensor": {"name": (1, _STRING), "datatype": (2, _STRING), "shape": (3, [_INT64])},
-    "RepositoryIndexRequest": {},
+    "RepositoryIndexRequest": {"repository_name": (1, _STRING), "ready": (2, _BOOL)},  # there is one repository
     "RepositoryIndexResponse": {"models": (1, ["ModelIndex"])},
     "ModelIndex": {"name": (1, _STRING), "version": (2, _STRING), "state": (3, _STRING), "reason": (4, _STRING)},
 }

@@ -53,6 +53,23 @@ class Request(BaseModel):
     outputs: tuple[RequestedOutput, ...] = ()
 
 
+class IndexRequest(BaseModel):
+    ready: bool = Field(default=False, strict=True)  # those models alone
+
+
+def parse_index(body: bytes) -> IndexRequest:
+    """What `POST /v2/repository/index` asks for; a body is not needed.
+
+    Raises:
+        InputError: it is no such request.
+    """
+    try:
+        return IndexRequest.model_validate_json(body or b"{}")
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise InputError(f'the body is no index request ({reason}): send none, or {{"ready": true}}') from None
+
+
 def parse(body: bytes, json_length: str | None, artifact: Artifact) -> oip.InferRequest:
     """An inference request.
 

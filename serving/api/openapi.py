@@ -22,6 +22,7 @@ _REFUSALS = {
 }
 _FOR_IMAGES = ("400", "404", "408", "413", "415", "422", "503")
 _MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}
 _CLASSES = ("classes", "string", "labels or indices to keep, comma-separated")
 
 
@@ -62,7 +63,12 @@ def document(version: str) -> dict[str, Any]:
         "/v2": {"get": operation("The server and its extensions")},
         "/v2/health/live": {"get": operation("Whether the server runs")},
         "/v2/health/ready": {"get": operation("Whether every model answers", None, "503")},
-        "/v2/repository/index": {"post": operation("The models and their states", {"type": "array"})},
+        "/v2/repository/index": {
+            "post": operation(
+                "The models and their states", {"type": "array"}, "400", "413",
+                requestBody={"content": _json(_schema(oip_json.IndexRequest, components))},
+            )
+        },
         "/v2/models/{model}": {"get": operation("What a model takes and answers", None, "404", **one_model)},
         "/v2/models/{model}/ready": {"get": operation("Whether a model answers", None, "404", "503", **one_model)},
         "/v2/models/{model}/infer": {
@@ -84,6 +90,13 @@ def document(version: str) -> dict[str, Any]:
             )
         },
     }  # fmt: skip
+    of_models = {path: methods for path, methods in paths.items() if "{model}" in path}
+    for path, methods in of_models.items():
+        versioned = path.replace("{model}", "{model}/versions/{version}")
+        paths[versioned] = {
+            method: about | {"parameters": [about["parameters"][0], _VERSION, *about["parameters"][1:]]}
+            for method, about in methods.items()
+        }
     keys = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
     return {
         "openapi": "3.1.0",

@@ -58,8 +58,8 @@ class BatchQueue(Generic[Item, Result]):
             thread.start()
 
     async def submit(self, item: Item) -> Result:
-        """The result of `item`. An exception of its batch is raised here; a cancelled caller's item is
-        dropped if it has not been taken yet.
+        """The result of `item`, or the exception that it alone raises: the items of a batch that fails are run one by
+        one. A cancelled caller's item is dropped if it has not been taken yet.
         """
         entry: _Entry[Item, Result] = _Entry(item, self._loop.create_future(), time.perf_counter())
         self._waiting.put(entry)
@@ -81,27 +81,33 @@ class BatchQueue(Generic[Item, Result]):
     def _work(self) -> None:
         while batch := self._take():
             entries = [entry for entry in batch if not entry.future.cancelled()]
-            if not entries:
-                continue
-            error: BaseException | None = None
-            results: Sequence[Result] = ()
-            began = self._under_way[threading.get_ident()] = time.perf_counter()
             try:
-                results = self._run([entry.item for entry in entries])
-                assert len(results) == len(entries), f"{len(results)} results for {len(entries)} items"
-                ended = time.perf_counter()
-                for entry in entries:
-                    entry.began, entry.ended = began, ended
-                if self._observe is not None:
-                    waited = [began - entry.since for entry in entries]
-                    self._observe(waited, ended - began, self._waiting.qsize())
-            except BaseException as raised:  # the batch's own; the next one starts afresh
-                error = raised
-            del self._under_way[threading.get_ident()]
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, entries, results, error)
+                if entries:
+                    self._answer(entries)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 return
+
+    def _answer(self, entries: list[_Entry[Item, Result]]) -> None:
+        error: BaseException | None = None
+        results: Sequence[Result] = ()
+        began = self._under_way[threading.get_ident()] = time.perf_counter()
+        try:
+            results = self._run([entry.item for entry in entries])
+            assert len(results) == len(entries), f"{len(results)} results for {len(entries)} items"
+            ended = time.perf_counter()
+            for entry in entries:
+                entry.began, entry.ended = began, ended
+            if self._observe is not None:
+                waited = [began - entry.since for entry in entries]
+                self._observe(waited, ended - began, self._waiting.qsize())
+        except BaseException as raised:  # the batch's own; the next one starts afresh
+            error = raised
+        del self._under_way[threading.get_ident()]
+        if error is not None and len(entries) > 1:
+            for entry in entries:  # one of them is at fault, or they are too many at once
+                self._answer([entry])
+        else:
+            self._loop.call_soon_threadsafe(self._deliver, entries, results, error)
 
     def _take(self) -> list[_Entry[Item, Result]]:
         """At least one entry, waiting for it; none once closed."""

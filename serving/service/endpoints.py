@@ -35,6 +35,7 @@ from serving.service.beside import Classifiers
 from serving.service.metrics import ReplicaMetrics
 
 MAX_TOP_K = 100_000
+MOST_PREPARED = 64  # images of a replica that are decoded and wait, for one request may bring so many itself
 PICTURES = ("png", "jpeg")  # formats of `annotate`
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ class Endpoints:
         self.predictor: Any = predictor  # what one prepares, the other does not take
         self.metadata: Artifact = predictor.metadata
         self.batches: BatchQueue[Any, Any] = BatchQueue(predictor.predict, max_batch_size, metrics.batch, workers)
+        self._room = asyncio.Semaphore(max(MOST_PREPARED, 2 * max_batch_size))
         self._decoders = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decode")
         self._classifiers = Classifiers()
 
@@ -72,13 +74,22 @@ class Endpoints:
         """
         with refused():
             asked = await self._in_thread(parse, self.metadata)
-        prepared = await asyncio.gather(*(self._in_thread(self._prepare, asked, i) for i in range(len(asked.images))))
-        results = await asyncio.gather(*map(self.batches.submit, prepared))
+        answers = [asyncio.ensure_future(self._infer(asked, i)) for i in range(len(asked.images))]
+        try:
+            results = await asyncio.gather(*answers)
+        except ImageError:
+            for other in answers:
+                other.cancel()  # nobody will see it
+            raise
 
         def answer() -> T:
             return render(asked, self.name, version, oip.to_tensors(asked, self.metadata, results))
 
         return await self._in_thread(self.metrics.call, "encode", answer)
+
+    async def _infer(self, asked: oip.InferRequest, i: int) -> Any:
+        async with self._room:
+            return await self.batches.submit(await self._in_thread(self._prepare, asked, i))
 
     def _prepare(self, asked: oip.InferRequest, i: int) -> Any:
         try:
@@ -111,8 +122,9 @@ class Endpoints:
         return {"results": await asyncio.gather(*map(entry, upload.names, upload.images))}
 
     async def _one(self, image: bytes, answer: Callable[[Any], Any]) -> Any:
-        prepared = await self._in_thread(self.metrics.call, "decode", self.predictor.prepare, image)
-        return await self._run(prepared, answer)
+        async with self._room:
+            prepared = await self._in_thread(self.metrics.call, "decode", self.predictor.prepare, image)
+            return await self._run(prepared, answer)
 
     async def _run(self, prepared: Any, answer: Callable[[Any], Any]) -> Any:
         found = await self.batches.submit(prepared)
@@ -132,9 +144,10 @@ class Endpoints:
 
         async def both(image: bytes) -> dict[str, Any]:
             prepare = partial(classifier.prepare, image, self.predictor.prepare)
-            prepared, pixels = await self._in_thread(self.metrics.call, "decode", prepare)
-            classified = self._classifiers.classify(classifier, pixels, top_k)
-            found, classification = await asyncio.gather(self._run(prepared, answer), classified)
+            async with self._room:
+                prepared, pixels = await self._in_thread(self.metrics.call, "decode", prepare)
+                classified = self._classifiers.classify(classifier, pixels, top_k)
+                found, classification = await asyncio.gather(self._run(prepared, answer), classified)
             return {**found, "classification": classification}
 
         return both

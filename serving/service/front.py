@@ -13,10 +13,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from serving.api import oip, oip_grpc, openapi
-from serving.api.protocol import RETRY_AFTER_S, Refusal, allow, respond
+from serving.api.oip_json import parse_index
+from serving.api.protocol import RETRY_AFTER_S, Refusal, allow, read_whole_body, refused, respond
 from serving.service import grpc_service
 
 STATUS_TIMEOUT_S = 10.0
+MOST_INDEX_BYTES = 10_000  # of a request for the index
 PAGE_HEADERS = {  # the page has its own policy; this is what it cannot say itself
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -72,13 +74,16 @@ class Front:
             return {"ready": True}
         if path == "/v2/repository/index":
             allow(request, "POST")
-            return await self._index()
+            body = await read_whole_body(request, MOST_INDEX_BYTES)
+            with refused():
+                asked = parse_index(body)
+            return await self._index(asked.ready)
         if path.startswith("/v2/models/"):
             name, names = path.split("/")[3], sorted({entry.name for entry in self.entries})
             raise Refusal(404, f"no model {name!r} here: there are {', '.join(names)}")
         raise Refusal(404, f"nothing at {request.url.path}: see GET /v2, /v2/health/ready, POST /v2/repository/index")
 
-    # By gRPC's names: Ray calls them with a message's bytes, which say nothing here.
+    # By gRPC's names: Ray calls them with a message's bytes.
 
     async def ServerLive(self, request: bytes, grpc_context: Any) -> Any:
         return oip_grpc.MESSAGES["ServerLiveResponse"](live=True)
@@ -94,7 +99,9 @@ class Front:
 
     async def RepositoryIndex(self, request: bytes, grpc_context: Any) -> Any:
         async def models() -> dict[str, Any]:
-            return {"models": [{k: v for k, v in model.items() if k != "task"} for model in await self._index()]}
+            asked = oip_grpc.MESSAGES["RepositoryIndexRequest"].FromString(request)
+            rows = await self._index(asked.ready)
+            return {"models": [{k: v for k, v in model.items() if k != "task"} for model in rows]}
 
         return (await grpc_service.answer("RepositoryIndex", models(), grpc_context, STATUS_TIMEOUT_S))[0]
 
@@ -102,13 +109,14 @@ class Front:
         states = zip(self.entries, await self._index(), strict=True)
         return [entry.application for entry, row in states if entry.answers and row["state"] != "READY"]
 
-    async def _index(self) -> list[dict[str, str]]:
+    async def _index(self, ready: bool = False) -> list[dict[str, str]]:
+        """A row a version; with `ready` of those alone that are."""
         applications = (await asyncio.to_thread(serve.status)).applications
         # While one is built anew, or if that fails, Ray lists none of its deployments; they go on as they were.
         told = {name: _state(a) for name, a in applications.items() if a.deployments or name not in self.states}
         self.states = {name: state for name, state in self.states.items() if name in applications} | told
         rows = [(entry, self.states.get(entry.application, "NOT_STARTED")) for entry in self.entries]
-        return [
+        index = [
             {
                 "name": entry.name,
                 "version": entry.version,
@@ -118,6 +126,7 @@ class Front:
             }
             for entry, state in rows
         ]
+        return [row for row in index if row["state"] == "READY"] if ready else index
 
 
 def _state(application: ApplicationStatusOverview) -> str:

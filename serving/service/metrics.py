@@ -8,13 +8,39 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from ray.serve.metrics import Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.service import traces
+from serving.service.versions import HEADER
 
 Stage = Literal["decode", "queue", "run", "encode"]  # bytes to pixels; for a batch's turn; the batch; results to bytes
 T = TypeVar("T")
 _SECONDS: list[float] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
 _IMAGES: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+class CountRefusals:
+    """ASGI middleware: counts the answers under /v2/models/ that no replica's handler has given, by status: of a full
+    queue, to who has no key or asks too often, about a model that is not there.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+        self._refused = Counter("cspnet_refused", "Requests refused before a model heard of them", ("code",))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v2/models/"):
+            await self.app(scope, receive, send)
+            return
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                names = {name.lower() for name, _ in message.get("headers", ())}
+                if HEADER.lower().encode() not in names:
+                    self._refused.inc(1, {"code": str(message["status"])})
+            await send(message)
+
+        await self.app(scope, receive, answer)
 
 
 class ReplicaMetrics:
