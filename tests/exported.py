@@ -12,7 +12,7 @@ from detection.models import build_detector
 from detection.spec import DetectorSpec
 
 # Every head once, as an export takes long; benchmarks.sweep has every kind.
-FAMILIES = ("fcos", "retinanet", "fasterrcnn", "maskrcnn_v2")
+FAMILIES = ("fcos", "retinanet", "fasterrcnn_v2", "maskrcnn")
 CROP = ClassifierPreprocess(resize=40, crop=32)
 SIZE = DetectorPreprocess(min_size=96, max_size=128)
 

@@ -53,7 +53,7 @@ def line(exported, tmp_path_factory):
     torch.manual_seed(0)
     draw_three_classes(root / "c", 30)
     draw_detection(root / "d", {"val": 13}, seed=1, size=160)
-    for name, artifact in (("c", exported("classifier")), ("d", exported("fcos")), ("m", exported("maskrcnn_v2"))):
+    for name, artifact in (("c", exported("classifier")), ("d", exported("fcos")), ("m", exported("maskrcnn"))):
         shutil.copy(artifact, root / f"{name}.onnx")
         shutil.copy(artifact.with_name("w.safetensors"), root / f"{name}.safetensors")
     classifier = [
@@ -64,7 +64,7 @@ def line(exported, tmp_path_factory):
         "score_threshold=0.2", "max_detections=30",
     ]  # fmt: skip
     detector = [*common, f"data.annotations={root / 'd.json'}"]
-    masks = [*common, f"data.annotations={root / 'm.json'}", "model=maskrcnn_cspresnet10_fpn_v2"]
+    masks = [*common, f"data.annotations={root / 'm.json'}", "model=maskrcnn_cspresnet10_fpn"]
     annotate_own_detections(root, "d", str(CONFIGS / "detector.yaml"), detector)
     annotate_own_detections(root, "m", str(CONFIGS / "detector.yaml"), masks)
     models = [{"name": name, "artifact": str(root / f"{name}.onnx")} for name in "cdm"]

@@ -188,7 +188,7 @@ def test_raw_heads(exported):
 
 @pytest.mark.slow
 def test_masks_are_an_output(exported):
-    model = OnnxModel(exported("maskrcnn_v2"), "cpu")
+    model = OnnxModel(exported("maskrcnn"), "cpu")
     assert model.metadata.masks
     assert model.outputs["masks"][1] == ["N", 30, 28, 28]
 

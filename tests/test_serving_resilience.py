@@ -135,13 +135,16 @@ def test_answers_are_equal_to_the_bit_at_any_concurrency(url: str, questions: li
 
 
 @pytest.fixture
-def process(artefacts: dict[str, Path], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`python -m serving run`, and its URL; whatever is left of it at the end is killed."""
+def process(
+    artefacts: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`python -m serving run`, and its URL; whatever is left of it at the end is killed. A parameter is environment."""
     config = ServingConfig(port=free_port(), models=_models(artefacts)[:1])
     path = tmp_path / "serving.yaml"
     path.write_text(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))  # JSON is YAML
     command = [sys.executable, "-m", "serving", "run", str(path)]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}  # the other's
+    env |= getattr(request, "param", {})
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=env)
     assert running.stdout is not None
     try:
@@ -197,6 +200,24 @@ def test_sigterm_under_load(process: tuple[subprocess.Popen[str], str], question
     assert statuses.count("200") > BARE and set(statuses) == {"200"}
     assert took < 30  # benchmarks/stress.py asks for 10
     _gone(below, within_s=5)
+
+
+@pytest.mark.parametrize("process", [{"RAY_SERVE_ENABLE_HA_PROXY": "0"}], indirect=True)
+def test_ray_alone_serves_without_haproxy(
+    process: tuple[subprocess.Popen[str], str], questions: list[Question]
+) -> None:
+    running, url = process
+    below = tree(running.pid)
+    assert not any("haproxy" in each.command().lower() for each in below)
+    with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+        assert http.get("/v2/health/ready").status_code == 200
+        assert http.post("/v2/models/classifier/classify", content=questions[0].body).status_code == 200
+        refused = http.post("/v2/models/classifier/classify", content=b"no picture")
+        assert refused.status_code == 422 and list(refused.json()) == ["error"]
+        assert http.post("/v2/models/nothing/classify", content=b"x").json()["error"].startswith("no model 'nothing'")
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 0
+    _gone(below, within_s=10)
 
 
 def test_sigkill_leaves_nothing_behind(process: tuple[subprocess.Popen[str], str]) -> None:

@@ -34,7 +34,7 @@ Exported = Callable[..., Path]
 Arrays = dict[str, np.ndarray[Any, Any]]
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("own_caches")
-FAMILIES = ("retinanet", "fcos", "fasterrcnn")
+FAMILIES = ("retinanet", "fcos", "fasterrcnn_v2")
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def test_buffers_of_cuda_graphs(classifier: Path) -> None:
     [
         ("retinanet", 1, ["Equal", "Where", "NonMaxSuppression"]),
         ("fcos", 1, ["Equal", "Where", "NonMaxSuppression"]),
-        ("fasterrcnn", 2, ["NonMaxSuppression"]),  # the first is that of the proposals
+        ("fasterrcnn_v2", 2, ["NonMaxSuppression"]),  # the first is that of the proposals
     ],
 )
 def test_the_nms_that_a_gpu_leaves_to_the_cpu(exported: Exported, family: str, nms: int, moved: list[str]) -> None:
@@ -401,7 +401,7 @@ def test_openvino_equals_onnxruntime(exported: Exported, family: str) -> None:
                     found[output], value, rtol=1e-5, atol={"boxes": 1e-2}.get(output, 1e-4), err_msg=f"{start} {output}"
                 )
             alone = [model.run(**{key: value[i : i + 1] for key, value in arrays.items()}) for i in range(n)]
-            rounding = 1e-4 if family == "fasterrcnn" else 0  # its box head multiplies a batch's boxes as one matrix
+            rounding = 1e-4 if family == "fasterrcnn_v2" else 0  # its box head multiplies a batch's boxes as one matrix
             for output, value in found.items():
                 each = np.concatenate([one[output] for one in alone])
                 np.testing.assert_allclose(each, value, rtol=0, atol=rounding, err_msg=output)

@@ -26,8 +26,10 @@ def wait_for(count: int, within_s: float) -> None:
 
 
 @pytest.mark.slow
-def test_from_one_to_two_and_back(tmp_path: Path) -> None:
-    scaling = Autoscaling(max_replicas=2, target_ongoing_requests=1, upscale_delay_s=0, downscale_delay_s=1)
+def test_from_one_to_two_to_none_and_back(tmp_path: Path) -> None:
+    scaling = Autoscaling(
+        min_replicas=0, max_replicas=2, target_ongoing_requests=1, upscale_delay_s=0, downscale_delay_s=1
+    )
     artifact = str(write_classifier(tmp_path / "m.onnx", work=20))
     model = ServedModel(name="model", artifact=artifact, autoscaling=scaling, num_cpus=0.1)
     statuses: list[int] = []
@@ -39,7 +41,7 @@ def test_from_one_to_two_and_back(tmp_path: Path) -> None:
                 statuses.append(http.post(f"{url}/v2/models/model/classify", content=picture("red")).status_code)
 
     with start(ServingConfig(port=0, models=(model,))) as service:
-        assert replicas() == 1
+        assert replicas() <= 1
         clients = [threading.Thread(target=ask, args=(service.url,)) for _ in range(4)]
         for client in clients:
             client.start()
@@ -49,5 +51,9 @@ def test_from_one_to_two_and_back(tmp_path: Path) -> None:
             over.set()
             for client in clients:
                 client.join()
-        wait_for(1, within_s=180)
+        wait_for(0, within_s=180)
+        assert httpx.get(f"{service.url}/v2/health/ready").status_code == 200  # since it would answer
+        answer = httpx.post(f"{service.url}/v2/models/model/classify", content=picture("red"), timeout=60)
+        assert answer.json()["predictions"][0]["label"] == "red"
+        assert replicas() == 1
     assert len(statuses) > 10 and set(statuses) == {200}

@@ -16,6 +16,7 @@ from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.serve import start
+from serving.service import environment
 from serving.service.environment import find_haproxy
 from serving.service.rollout import reason
 
@@ -52,6 +53,14 @@ def test_busy_port(tmp_path: Path) -> None:
         other.listen()
         port = other.getsockname()[1]
         assert _fails(artifact, port) == f"port {port} is busy: choose another, such as port={port + 1}"
+
+
+def test_without_haproxy_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    said: list[str] = []
+    model = ServedModel(name="a", artifact=str(tmp_path / "a.onnx"))
+    flags = environment.flags(ServingConfig(models=(model,)), tmp_path, said.append)
+    assert "without HAProxy" in said[0] and not any("HAPROXY" in name or "THROUGHPUT" in name for name in flags)
 
 
 def test_bad_artefacts(tmp_path: Path) -> None:
