@@ -109,7 +109,6 @@ def shifted(row: Row) -> Row:
         ("classification", None, surer, "graph"),
         ("classification", None, misnamed, "post-processing"),
         ("detection", as_it_lies, None, "decode"),
-        ("detection", by_nearest, None, "resize"),
         ("detection", None, surer, "graph"),
         ("detection", None, shifted, "post-processing"),
     ],

@@ -56,7 +56,7 @@ def test_busy_port(tmp_path: Path) -> None:
 
 
 def test_without_haproxy_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    monkeypatch.setattr(environment, "find_haproxy", lambda: None)
     said: list[str] = []
     model = ServedModel(name="a", artifact=str(tmp_path / "a.onnx"))
     flags = environment.flags(ServingConfig(models=(model,)), tmp_path, said.append)
