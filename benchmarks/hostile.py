@@ -45,25 +45,25 @@ class Verdict:
 
 
 def requests(classifier: str, detector: str, count: int, seed: int = 0) -> Iterator[Request]:
-    """So many: truncations at every length first, then the others by turns."""
+    """Truncations at every length, and so many others by turns."""
     draw = random.Random(seed)
     classify, detect = f"/v2/models/{classifier}/classify", f"/v2/models/{detector}/detect"
     pictures = {kind: _picture(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF")}
-    made = 0
     for kind, body in pictures.items():
-        for length in range(0, len(body), max(1, 4 * len(body) * len(pictures) // count)):
+        for length in range(len(body)):
             yield Request(f"truncated {kind}", draw.choice((classify, detect)), body[:length])
-            made += 1
-    for i in range(count - made):
+    for i in range(count):
         path = draw.choice((classify, detect))
         if i % 4 == 0:
             kind = draw.choice(list(pictures))
             yield Request(f"flipped {kind}", path, _flip(pictures[kind], draw))
         elif i % 4 == 1:
             name = classifier if path == classify else detector
-            body = json.dumps(_mutate(_valid(pictures["PNG"]), draw)).encode()
-            body = body if draw.random() < 0.7 else _flip(body, draw)
-            yield Request("inference request", f"/v2/models/{name}/infer", body, _lengths(draw, body))
+            document, tail = draw.choice((_encoded, _numbers, _binary))(pictures["PNG"])
+            body = json.dumps(_mutate(document, draw)).encode()
+            headers = _lengths(draw, body) if not tail else {"inference-header-content-length": str(len(body))}
+            body = (body if draw.random() < 0.7 else _flip(body, draw)) + tail[: draw.choice((len(tail), 7))]
+            yield Request("inference request", f"/v2/models/{name}/infer", body, headers)
         elif i % 4 == 2:
             kind = draw.choice(
                 ("application/json", "multipart/form-data; boundary=x", "multipart/mixed", "text/html", "\xff")
@@ -155,7 +155,7 @@ def _raw(url: str, kind: str, parts: list[bytes], pause_s: float, half_close: bo
 
 def _picture(kind: str) -> bytes:
     buffer = io.BytesIO()
-    image = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
+    image = Image.radial_gradient("L").resize((20, 15)).convert("RGB")
     image.save(buffer, kind)
     return buffer.getvalue()
 
@@ -168,13 +168,27 @@ def _flip(body: bytes, draw: random.Random) -> bytes:
     return bytes(flipped)
 
 
-def _valid(picture: bytes) -> dict[str, Any]:
-    """An inference request of one image."""
-    data = [base64.b64encode(picture).decode()]
+def _encoded(picture: bytes) -> tuple[dict[str, Any], bytes]:
+    """A right inference request of one image, and the bytes after it: as BYTES."""
+    return _infer("BYTES", [1], data=[base64.b64encode(picture).decode()]), b""
+
+
+def _numbers(_: bytes) -> tuple[dict[str, Any], bytes]:
+    """As UINT8, of 4 x 5 pixels."""
+    return _infer("UINT8", [1, 4, 5, 3], data=[7] * 60), b""
+
+
+def _binary(picture: bytes) -> tuple[dict[str, Any], bytes]:
+    """As BYTES after the JSON."""
+    tail = struct.pack("<I", len(picture)) + picture
+    return _infer("BYTES", [1], parameters={"binary_data_size": len(tail)}), tail
+
+
+def _infer(datatype: str, shape: list[int], **tensor: Any) -> dict[str, Any]:
     return {
         "id": "1",
         "parameters": {"top_k": 1, "binary_data_output": False},
-        "inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "parameters": {}, "data": data}],
+        "inputs": [{"name": "images", "datatype": datatype, "shape": shape, "parameters": {}, **tensor}],
         "outputs": [{"name": "scores", "parameters": {"binary_data": False}}],
     }
 

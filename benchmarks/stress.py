@@ -7,7 +7,7 @@ kills: SIGKILL of a replica, of HAProxy and of Ray's proxy actor under load: the
 client only what was in flight, and the service is as fast as before within 15 s.
 overload: ten times the clients that a slow model's queue takes: what is accepted is answered in bounded time, the rest
 gets 503 at once.
-hostile: 2 000 bodies and misbehaving senders, memory before and after.
+hostile: pictures cut at every length, 2 000 other bodies and misbehaving senders, memory before and after.
 stop: SIGTERM under load: what was accepted is answered, the process ends within 10 s, and nothing is left.
 
 The models are a classifier and a detector with random weights; answers are compared with the predictor's here.

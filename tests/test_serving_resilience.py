@@ -106,7 +106,7 @@ def test_killed_under_load(url: str, questions: list[Question], name: str) -> No
 def test_2000_hostile_bodies(url: str, questions: list[Question]) -> None:
     before = memory_mb(os.getpid())
     verdicts = hostile.send_all(url, hostile.requests("classifier", "detector", 2000))
-    assert len(verdicts) == 2000
+    assert len(verdicts) > 3000  # a thousand and more truncations, and the 2000
     verdicts += hostile.misbehave(url, "classifier", picture("red"))
     wrong = [f"{verdict.kind}: {verdict.wrong}" for verdict in verdicts if verdict.wrong]
     assert not wrong, "\n".join(wrong)
