@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from backbones.dense import DenseVariant
 from backbones.errors import InputError, unknown
-from backbones.published import ALIASES, PLAIN
+from backbones.published import ALIASES, PLAIN, without_alias
 from backbones.stages import Resolution
 from backbones.variants import VARIANTS, Variant
 from backbones.weights import load_weights, read_weights, resolve
@@ -161,7 +161,7 @@ def get_variant(name: str) -> tuple[str, Variant | DenseVariant]:
         InputError: no such name, and the nearest one; or a network that is plain itself.
     """
     base = name.removesuffix(PLAIN)
-    known = ALIASES.get(base, base)
+    known = without_alias(base)
     if known not in VARIANTS:
         raise unknown("model", name, [*VARIANTS, *ALIASES])
     variant = VARIANTS[known]

@@ -73,6 +73,5 @@ def test_a_peer_does_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (expected,) = predictor.predict([predictor.prepare(picture)])
     assert [row["index"] for row in answer["predictions"]] == expected.indices.tolist()
     scores = [row["score"] for row in answer["predictions"]]
-    np.testing.assert_allclose(
-        scores, expected.probabilities, atol=1e-3
-    )  # it rounds another size, and crops another way
+    # It rounds the resized size in another way.
+    np.testing.assert_allclose(scores, expected.probabilities, atol=1e-3)

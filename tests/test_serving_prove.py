@@ -18,6 +18,8 @@ from PIL import Image
 
 from backbones import preprocess
 from backbones.errors import InputError
+from backbones.files import read_json, write_json
+from detection.coco_eval import to_results
 from serving import prove
 from serving.evaluate import ArtifactSource
 from serving.jobs.results import Row
@@ -191,29 +193,26 @@ def shapes(tmp_path_factory) -> Path:
     return root
 
 
-def annotate(folder: Path, artifact: Path) -> Path:
-    """Annotations by which every third detection of an artefact is right."""
-    source = ArtifactSource(artifact, "cpu")
-    images, objects = [], []
-    for i, row in enumerate(source.rows(sorted(folder.iterdir()))):
-        assert isinstance(row.result, Detections)
-        height, width = row.result.size
-        images.append({"id": i, "file_name": Path(row.path).name, "height": height, "width": width})
-        for (x1, y1, x2, y2), index in zip(row.result.boxes[::3].tolist(), row.result.indices[::3], strict=True):
-            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
-            category = source.metadata.category_ids[index]  # type: ignore[union-attr]
-            objects.append({"id": len(objects) + 1, "image_id": i, "category_id": category, **box})
-    categories = [{"id": 5, "name": "cat"}, {"id": 90, "name": "dog"}]
-    path = folder.with_suffix(".json")
-    path.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
-    return path
+def annotate(root: Path, artifact: Path) -> Path:
+    """Annotations of `root / "val"` by which every third detection of an artefact is right."""
+    source: Any = ArtifactSource(artifact, "cpu")
+    images = read_json(root / "val.json")["images"]
+    found: list[dict[str, Any]] = []
+    for image, row in zip(images, source.rows([root / "val" / image["file_name"] for image in images]), strict=True):
+        categories = [source.metadata.category_ids[i] for i in row.result.indices]
+        found += to_results(image["id"], row.result.boxes, row.result.scores, categories)
+    truth = [{key: one[key] for key in ("image_id", "category_id", "bbox")} for one in found[::3]]
+    known = zip(source.metadata.category_ids, source.metadata.classes, strict=True)
+    categories = [{"id": number, "name": name} for number, name in known]
+    write_json(root / "truth.json", {"images": images, "categories": categories, "annotations": truth})
+    return root / "truth.json"
 
 
 @pytest.mark.slow
 def test_one_number_of_a_detector(exported, tmp_path) -> None:
     draw_detection(tmp_path, {"train": 3, "val": 5}, seed=1, size=160)
     artifact, images = exported("fcos"), tmp_path / "val"
-    data, calibration = annotate(images, artifact), str(tmp_path / "train")
+    data, calibration = annotate(tmp_path, artifact), str(tmp_path / "train")
     weights, output = str(artifact.with_name("w.safetensors")), str(tmp_path / "out")
     result = run_prove(weights, str(data), images=str(images), calibration=calibration, output=output)
     metrics = check(result, {"scores": 0.0, "boxes": 0.0})

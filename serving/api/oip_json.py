@@ -66,8 +66,7 @@ def parse_index(body: bytes) -> IndexRequest:
     try:
         return IndexRequest.model_validate_json(body or b"{}")
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise InputError(f'the body is no index request ({reason}): send none, or {{"ready": true}}') from None
+        raise InputError(f'{oip.first_of(error)}; send no body, or {{"ready": true}}') from None
 
 
 def parse(body: bytes, json_length: str | None, artifact: Artifact) -> oip.InferRequest:

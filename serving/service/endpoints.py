@@ -77,7 +77,7 @@ class Endpoints:
         answers = [asyncio.ensure_future(self._infer(asked, i)) for i in range(len(asked.images))]
         try:
             results = await asyncio.gather(*answers)
-        except ImageError:
+        except Exception:
             for other in answers:
                 other.cancel()  # nobody will see it
             raise

@@ -11,10 +11,12 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.service import traces
-from serving.service.versions import HEADER
+from serving.service.versions import HEADER, route_prefix
 
 Stage = Literal["decode", "queue", "run", "encode"]  # bytes to pixels; for a batch's turn; the batch; results to bytes
 T = TypeVar("T")
+_OF_MODELS = route_prefix("")
+_ANSWERED = HEADER.lower().encode()  # a header that every handler's answer has
 _SECONDS: list[float] = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
 _IMAGES: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
@@ -29,15 +31,15 @@ class CountRefusals:
         self._refused = Counter("cspnet_refused", "Requests refused before a model heard of them", ("code",))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v2/models/"):
+        if scope["type"] != "http" or not scope["path"].startswith(_OF_MODELS):
             await self.app(scope, receive, send)
             return
 
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                names = {name.lower() for name, _ in message.get("headers", ())}
-                if HEADER.lower().encode() not in names:
-                    self._refused.inc(1, {"code": str(message["status"])})
+            if message["type"] == "http.response.start" and not any(
+                name.lower() == _ANSWERED for name, _ in message.get("headers", ())
+            ):
+                self._refused.inc(1, {"code": str(message["status"])})
             await send(message)
 
         await self.app(scope, receive, answer)
