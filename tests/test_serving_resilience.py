@@ -175,7 +175,7 @@ def test_sigterm_under_load(process: tuple[subprocess.Popen[str], str], question
 
     def ask() -> None:
         with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
-            http.get("/v2")
+            http.post("/v2/models/classifier/classify", content=questions[0].body)
             lock.wait()
             while True:
                 try:
@@ -197,7 +197,7 @@ def test_sigterm_under_load(process: tuple[subprocess.Popen[str], str], question
         took = time.monotonic() - began
         for future in asked:
             future.result()
-    assert statuses.count("200") > BARE and set(statuses) == {"200"}
+    assert len(statuses) >= BARE and set(statuses) == {"200"}  # at the least one of each, under way at the signal
     assert took < 30  # benchmarks/stress.py asks for 10
     _gone(below, within_s=5)
 
