@@ -208,8 +208,18 @@ def annotate(root: Path, artifact: Path) -> Path:
     return root / "truth.json"
 
 
+@pytest.fixture
+def nowhere(monkeypatch) -> pytest.MonkeyPatch:
+    """No service and no batch job, which take a minute: in their places the artefact, or what a test puts there."""
+    monkeypatch.setattr(prove, "start", lambda config, _: nullcontext(SimpleNamespace(url=config.models[0].artifact)))
+    monkeypatch.setattr(prove, "EndpointSource", lambda url: ArtifactSource(Path(url).parents[2], "cpu"))
+    monkeypatch.setattr(prove, "BatchSource", lambda artifact, *_: ArtifactSource(artifact, "cpu"))
+    return monkeypatch
+
+
 @pytest.mark.slow
-def test_one_number_of_a_detector(exported, tmp_path) -> None:
+def test_one_number_of_a_detector(exported, nowhere, tmp_path) -> None:
+    """Its service and job are held against the artefact in test_serving_evaluate.py."""
     draw_detection(tmp_path, {"train": 3, "val": 5}, seed=1, size=160)
     artifact, images = exported("fcos"), tmp_path / "val"
     data, calibration = annotate(tmp_path, artifact), str(tmp_path / "train")
@@ -246,17 +256,10 @@ def test_one_number(exported, shapes, tmp_path, capsys) -> None:
     assert (tmp_path / "prove.md").read_text().count("\n") == 2 + len(result["places"])
 
 
-def test_an_endpoint_that_answers_otherwise_fails_the_command(exported, shapes, tmp_path, monkeypatch) -> None:
-    """One that resizes in another way, in place of a service."""
-
-    def other(path: Path, *_: object) -> Changed:
-        return Changed(tmp_path / "model.onnx", by_nearest)
-
-    nowhere = nullcontext(SimpleNamespace(url="http://nowhere"))
-    monkeypatch.setattr(prove, "start", lambda *_: nowhere)
-    monkeypatch.setattr(prove, "EndpointSource", other)
-    monkeypatch.setattr(prove, "_quantize", lambda *_: "not in this test")
-    monkeypatch.setattr(prove, "BatchSource", lambda artifact, *_: ArtifactSource(artifact, "cpu"))
+def test_an_endpoint_that_answers_otherwise_fails_the_command(exported, shapes, nowhere, tmp_path) -> None:
+    """One that resizes in another way."""
+    nowhere.setattr(prove, "EndpointSource", lambda _: Changed(tmp_path / "model.onnx", by_nearest))
+    nowhere.setattr(prove, "_quantize", lambda *_: "not in this test")
     with pytest.raises(Disagreement, match="endpoint, Ray Serve and artefact part at resize"):
         run_prove(str(exported("classifier").with_name("w.safetensors")), str(shapes), output=str(tmp_path))
     assert json.loads((tmp_path / "prove.json").read_text())["places"][ENDPOINT]["agrees"] is False

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ from benchmarks import clients, hostile
 from benchmarks.clients import Question
 from benchmarks.processes import Process, memory_mb, tree
 from serving.api.schemas import classify_answer, detect_answer
+from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
@@ -134,27 +136,40 @@ def test_answers_are_equal_to_the_bit_at_any_concurrency(url: str, questions: li
         assert len(bare.outcomes) > concurrency and not bare.failures()
 
 
+@dataclass
+class Command:
+    """`python -m serving run`, which is ready."""
+
+    process: "subprocess.Popen[str]"
+    config: Path
+    url: str
+
+    def configure(self, model: ServedModel) -> None:
+        config = ServingConfig(port=int(self.url.rpartition(":")[2]), models=(model,))
+        self.config.write_text(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))  # JSON is YAML
+
+    def says(self, words: str) -> None:
+        assert self.process.stdout is not None
+        assert any(words in line for line in self.process.stdout), f"it ended without {words!r}"
+
+
 @pytest.fixture
-def process(
-    artefacts: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`python -m serving run`, and its URL; whatever is left of it at the end is killed. A parameter is environment."""
-    config = ServingConfig(port=free_port(), models=_models(artefacts)[:1])
-    path = tmp_path / "serving.yaml"
-    path.write_text(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))  # JSON is YAML
-    command = [sys.executable, "-m", "serving", "run", str(path)]
+def command(artefacts: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Command]:
+    """Whatever is left of it at the end is killed. A parameter is environment."""
+    started = [sys.executable, "-m", "serving", "run", str(tmp_path / "serving.yaml")]
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}  # the other's
     env |= getattr(request, "param", {})
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=env)
-    assert running.stdout is not None
+    command = Command(None, tmp_path / "serving.yaml", f"http://127.0.0.1:{free_port()}")  # type: ignore[arg-type]
+    command.configure(_models(artefacts)[0])
+    running = subprocess.Popen(started, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=env)
+    command.process = running
     try:
-        assert any(line.startswith("try: ") for line in running.stdout)
-        yield running, f"http://127.0.0.1:{config.port}"
+        command.says("try: ")
+        yield command
     finally:
         left = tree(running.pid)
         running.kill()
-        running.wait()
-        running.stdout.close()
+        running.communicate()
         for each in left:
             if each.alive():
                 os.kill(each.pid, signal.SIGKILL)
@@ -167,9 +182,25 @@ def _gone(processes: list[Process], within_s: float) -> None:
         time.sleep(0.1)
 
 
-def test_sigterm_under_load(process: tuple[subprocess.Popen[str], str], questions: list[Question]) -> None:
-    """What was accepted is answered, and nothing is left."""
-    running, url = process
+def test_sighup_rolls_out_and_sigterm_under_load_ends(
+    command: Command, artefacts: dict[str, Path], questions: list[Question], tmp_path: Path
+) -> None:
+    """A config that cannot be served changes nothing. What was accepted is answered, and nothing is left."""
+    running, url = command.process, command.url
+    (before, *_) = _models(artefacts)
+    with Client(url) as client:
+        for artefact, answer, serves in (
+            (tmp_path / "none.onnx", "not rolled out, what ran before goes on: model 'classifier': no art", "colours"),
+            (write_classifier(tmp_path / "new.onnx", name="new"), "rolled out after", "new"),
+        ):
+            command.configure(before.model_copy(update={"artifact": str(artefact)}))
+            running.send_signal(signal.SIGHUP)
+            command.says("loading the config again")
+            command.says(answer)
+            deadline = time.monotonic() + 30
+            while client.artifact("classifier").model != serves:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
     below, statuses = tree(running.pid), list[str]()
     lock = threading.Barrier(BARE + 1)
 
@@ -202,11 +233,9 @@ def test_sigterm_under_load(process: tuple[subprocess.Popen[str], str], question
     _gone(below, within_s=5)
 
 
-@pytest.mark.parametrize("process", [{"RAY_SERVE_ENABLE_HA_PROXY": "0"}], indirect=True)
-def test_ray_alone_serves_without_haproxy(
-    process: tuple[subprocess.Popen[str], str], questions: list[Question]
-) -> None:
-    running, url = process
+@pytest.mark.parametrize("command", [{"RAY_SERVE_ENABLE_HA_PROXY": "0"}], indirect=True)
+def test_ray_alone_serves_without_haproxy(command: Command, questions: list[Question]) -> None:
+    running, url = command.process, command.url
     below = tree(running.pid)
     assert not any("haproxy" in each.command().lower() for each in below)
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
@@ -220,9 +249,9 @@ def test_ray_alone_serves_without_haproxy(
     _gone(below, within_s=10)
 
 
-def test_sigkill_leaves_nothing_behind(process: tuple[subprocess.Popen[str], str]) -> None:
+def test_sigkill_leaves_nothing_behind(command: Command) -> None:
     """But Ray's two agents, which look for the head of their cluster for a minute more."""
-    running, url = process
+    running, url = command.process, command.url
     below = [each for each in tree(running.pid) if not each.command().endswith("Agent")]
     assert any("haproxy -db" in each.command() for each in below)
     running.kill()

@@ -1,10 +1,6 @@
 """Versions side by side and new ones in place of old ones, on a real Ray Serve, under load."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -289,44 +285,3 @@ def test_names_that_haproxy_would_mix_up():
     models = [{"name": "a", "versions": versions}, {"name": "a_2", "artifact": "c"}]
     with pytest.raises(ValidationError, match="model 'a_2' is named as another's version"):
         ServingConfig.model_validate({"models": models})
-
-
-@pytest.mark.slow
-def test_the_command_rolls_out_on_sighup(tmp_path):
-    one, two = (keep_answer(write_classifier(tmp_path / f"{name}.onnx", name=name)) for name in ("one", "two"))
-    config = tmp_path / "serving.yaml"
-
-    def write(artifact: Path) -> None:
-        config.write_text(f"port: 0\nstart_timeout_s: 300\nmodels:\n- {{name: single, artifact: {artifact}}}\n")
-
-    write(one)
-    command = [sys.executable, "-m", "serving", "run", str(config)]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # of the others' service
-    root = Path(__file__).parents[1]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=own) as process:
-        assert process.stdout is not None
-        try:
-            url = said(process.stdout, r"serving at (http://\S+);")
-            said(process.stdout, "try: curl")
-            with Client(url) as client:
-                assert client.artifact("single").model == "one"
-                for artifact, answer, serves in (
-                    (tmp_path / "none.onnx", "not rolled out, what ran before goes on: model 'single': no art", "one"),
-                    (two, "rolled out after", "two"),
-                ):
-                    write(artifact)
-                    process.send_signal(signal.SIGHUP)
-                    said(process.stdout, "loading the config again")
-                    said(process.stdout, answer)
-                    within(30, lambda serves=serves: client.artifact("single").model == serves)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-    assert process.returncode in (0, 130, -signal.SIGTERM), process.returncode
-
-
-def said(lines: Iterator[str], words: str) -> str:
-    for line in lines:
-        if match := re.search(words, line):
-            return match[match.lastindex or 0]
-    raise AssertionError(f"the command ended without {words!r}")
