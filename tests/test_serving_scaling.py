@@ -54,6 +54,5 @@ def test_from_one_to_two_to_none_and_back(tmp_path: Path) -> None:
         wait_for(0, within_s=180)
         assert httpx.get(f"{service.url}/v2/health/ready").status_code == 200  # since it would answer
         answer = httpx.post(f"{service.url}/v2/models/model/classify", content=picture("red"), timeout=60)
-        assert answer.json()["predictions"][0]["label"] == "red"
-        assert replicas() == 1
+        assert answer.json()["predictions"][0]["label"] == "red"  # by a new replica, which may be gone again by now
     assert len(statuses) > 10 and set(statuses) == {200}
