@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from serving.api import oip_json
-from serving.api.schemas import ClassifyAnswer, DetectAnswer
+from serving.api.schemas import MAX_TOP_K, PICTURES, ClassifyAnswer, DetectAnswer
 
 _REFUSALS = {
     "400": "the request is not one that is taken: the error names what and the remedy",
@@ -21,9 +21,12 @@ _REFUSALS = {
     "503": "overloaded or not ready: try again after Retry-After seconds",
 }
 _FOR_IMAGES = ("400", "404", "408", "413", "415", "422", "503")
-_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}
-_CLASSES = ("classes", "string", "labels or indices to keep, comma-separated")
+_STRING = {"type": "string"}
+_MODEL = {"name": "model", "in": "path", "required": True, "schema": _STRING}
+_VERSION = {"name": "version", "in": "path", "required": True, "schema": _STRING}
+_SCORE = {"type": "number", "minimum": 0, "maximum": 1}
+_TOP_K = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K}
+_CLASSES = ("classes", _STRING, "labels or indices to keep, comma-separated")
 
 
 class Error(TypedDict):
@@ -53,7 +56,7 @@ def document(version: str) -> dict[str, Any]:
         bad = {code: {"description": _REFUSALS[code], "content": _json(error)} for code in ("401", *refusals, "429")}
         return {"summary": summary, "responses": {"200": good, **bad}, **more}
 
-    def images(action: str, summary: str, *query: tuple[str, str, str]) -> dict[str, Any]:
+    def images(action: str, summary: str, *query: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
         one, several = answers[action], {"type": "array", "items": _schema(Entry, components)}
         answer = {"anyOf": [one, {"type": "object", "properties": {"results": several}, "required": ["results"]}]}
         return operation(summary, answer, *_FOR_IMAGES, requestBody=_BODY, parameters=[_MODEL, *map(_query, query)])
@@ -78,15 +81,15 @@ def document(version: str) -> dict[str, Any]:
             )
         },
         "/v2/models/{model}/classify": {
-            "post": images("classify", "The best classes of an image", ("top_k", "integer", "how many"), _CLASSES)
+            "post": images("classify", "The best classes of an image", ("top_k", _TOP_K, "how many"), _CLASSES)
         },
         "/v2/models/{model}/detect": {
             "post": images(
                 "detect", "The detections in an image",
-                ("score_threshold", "number", "the least score, not below the model's own"), _CLASSES,
-                ("annotate", "string", "png or jpeg: answer the picture with its boxes"),
-                ("classify", "string", "a classifier, asked about the same picture: its answer is `classification`"),
-                ("top_k", "integer", "how many classes of that"),
+                ("score_threshold", _SCORE, "the least score, not below the model's own"), _CLASSES,
+                ("annotate", _STRING | {"enum": PICTURES}, "png or jpeg: answer the picture with its boxes"),
+                ("classify", _STRING, "a classifier, asked about the same picture: its answer is `classification`"),
+                ("top_k", _TOP_K, "how many classes of that"),
             )
         },
     }  # fmt: skip
@@ -131,9 +134,9 @@ def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _query(parameter: tuple[str, str, str]) -> dict[str, Any]:
-    name, kind, description = parameter
-    return {"name": name, "in": "query", "description": description, "schema": {"type": kind}}
+def _query(parameter: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
+    name, schema, description = parameter
+    return {"name": name, "in": "query", "description": description, "schema": schema}
 
 
 def _schema(kind: Any, components: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from serving.artifact import Artifact, DetectorArtifact
 from serving.predictor import Classification, Detections
 
 DEFAULT_TOP_K = 5  # classes of an answer
+MAX_TOP_K = 100_000
+PICTURES = ("png", "jpeg")  # formats of `annotate`
 
 
 class ClassScore(TypedDict):

@@ -20,6 +20,8 @@ from serving.api import oip
 from serving.api.protocol import Refusal, number, read_query, refused
 from serving.api.schemas import (
     DEFAULT_TOP_K,
+    MAX_TOP_K,
+    PICTURES,
     ClassifyAnswer,
     DetectAnswer,
     class_indices,
@@ -34,9 +36,7 @@ from serving.service.batching import BatchQueue
 from serving.service.beside import Classifiers
 from serving.service.metrics import ReplicaMetrics
 
-MAX_TOP_K = 100_000
 MOST_PREPARED = 64  # images of a replica that are decoded and wait, for one request may bring so many itself
-PICTURES = ("png", "jpeg")  # formats of `annotate`
 T = TypeVar("T")
 
 
