@@ -33,3 +33,14 @@ def test_the_page_names_every_path_and_needs_nothing() -> None:
     for path in SAID["paths"]:
         assert path in text
     assert set(re.findall(r'(?:src|href)="([^"]*)"', text)) == {"openapi.json"}
+
+
+def test_answers_that_are_no_json_are_said() -> None:
+    said = {
+        path: [*about["post"]["responses"]["200"]["content"]]
+        for path, about in SAID["paths"].items()
+        if "post" in about
+    }
+    assert said["/v2/models/{model}/detect"] == ["application/json", "image/png", "image/jpeg"]
+    assert said["/v2/models/{model}/infer"] == ["application/json", "application/octet-stream"]
+    assert said["/v2/models/{model}/classify"] == ["application/json"]

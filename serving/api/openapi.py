@@ -1,6 +1,7 @@
 """The endpoints as an OpenAPI document, and as a page to read; no Ray, no torch here."""
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -21,6 +22,7 @@ _REFUSALS = {
     "503": "overloaded or not ready: try again after Retry-After seconds",
 }
 _FOR_IMAGES = ("400", "404", "408", "413", "415", "422", "503")
+_OCTETS = ("application/octet-stream",)  # of binary tensors
 _STRING = {"type": "string"}
 _MODEL = {"name": "model", "in": "path", "required": True, "schema": _STRING}
 _VERSION = {"name": "version", "in": "path", "required": True, "schema": _STRING}
@@ -51,17 +53,23 @@ def document(version: str) -> dict[str, Any]:
     error = _schema(Error, components)
     request = _schema(oip_json.Request, components)
 
-    def operation(summary: str, answer: dict[str, Any] | None = None, *refusals: str, **more: Any) -> dict[str, Any]:
-        good = {"description": "OK", "content": _json(answer or {"type": "object"})}
+    def operation(
+        summary: str, answer: dict[str, Any] | None = None, *refusals: str, binary: Sequence[str] = (), **more: Any
+    ) -> dict[str, Any]:
+        content = _json(answer or {"type": "object"}) | dict.fromkeys(binary, {})
+        good = {"description": "OK", "content": content}
         bad = {code: {"description": _REFUSALS[code], "content": _json(error)} for code in ("401", *refusals, "429")}
         return {"summary": summary, "responses": {"200": good, **bad}, **more}
 
-    def images(action: str, summary: str, *query: tuple[str, dict[str, Any], str]) -> dict[str, Any]:
+    def images(
+        action: str, summary: str, *query: tuple[str, dict[str, Any], str], binary: Sequence[str] = ()
+    ) -> dict[str, Any]:
         one, several = answers[action], {"type": "array", "items": _schema(Entry, components)}
         answer = {"anyOf": [one, {"type": "object", "properties": {"results": several}, "required": ["results"]}]}
-        return operation(summary, answer, *_FOR_IMAGES, requestBody=_BODY, parameters=[_MODEL, *map(_query, query)])
+        parameters = [_MODEL, *map(_query, query)]
+        return operation(summary, answer, *_FOR_IMAGES, binary=binary, requestBody=_BODY, parameters=parameters)
 
-    one_model = {"parameters": [_MODEL]}
+    one_model: dict[str, Any] = {"parameters": [_MODEL]}
     paths = {
         "/v2": {"get": operation("The server and its extensions")},
         "/v2/health/live": {"get": operation("Whether the server runs")},
@@ -76,8 +84,8 @@ def document(version: str) -> dict[str, Any]:
         "/v2/models/{model}/ready": {"get": operation("Whether a model answers", None, "404", "503", **one_model)},
         "/v2/models/{model}/infer": {
             "post": operation(
-                "Tensors to tensors, by the Open Inference Protocol", None, *_FOR_IMAGES, **one_model,
-                requestBody={"required": True, "content": _json(request) | {"application/octet-stream": {}}},
+                "Tensors to tensors, by the Open Inference Protocol", None, *_FOR_IMAGES, **one_model, binary=_OCTETS,
+                requestBody={"required": True, "content": _json(request) | dict.fromkeys(_OCTETS, {})},
             )
         },
         "/v2/models/{model}/classify": {
@@ -90,6 +98,7 @@ def document(version: str) -> dict[str, Any]:
                 ("annotate", _STRING | {"enum": PICTURES}, "png or jpeg: answer the picture with its boxes"),
                 ("classify", _STRING, "a classifier, asked about the same picture: its answer is `classification`"),
                 ("top_k", _TOP_K, "how many classes of that"),
+                binary=[f"image/{kind}" for kind in PICTURES],
             )
         },
     }  # fmt: skip
