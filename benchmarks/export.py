@@ -253,7 +253,8 @@ def compiled(model: nn.Module, inputs: tuple[Tensor, ...], compile_too: bool) ->
 def compile_frozen(model: nn.Module, *inputs: Tensor) -> Callable[..., object]:
     """By torch.compile for inputs of this shape, with the weights frozen into the code."""
     several = torch._dynamo.config.patch(recompile_limit=64)  # else the ninth of one class would run as it is
-    with torch._inductor.config.patch(freezing=True), several, torch.no_grad():
+    # In inference mode as it will run, or it would be compiled again then.
+    with torch._inductor.config.patch(freezing=True), several, torch.inference_mode():
         forward: Callable[..., object] = torch.compile(model, dynamic=False)
         forward(*inputs)
     return forward
