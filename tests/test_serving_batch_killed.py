@@ -1,6 +1,5 @@
 """A batch job whose parts are killed, each in the middle: what comes out equals what comes out undisturbed."""
 
-import contextlib
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ import pytest
 from artifacts import picture, write_classifier
 from PIL import Image
 
+from benchmarks.processes import tree
 from serving.jobs.results import read_results
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
@@ -137,14 +137,9 @@ def cluster() -> Iterator[tuple[str, list[int], Callable[[], None]]]:
 
 
 def workers(nodes: list[int], title: str) -> list[int]:
-    """The processes of a title that are children of the nodes'."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent in nodes and (path / "cmdline").read_text().startswith(title):
-                found.append(int(path.name))
-    return found
+    """The processes of a title below the nodes'."""
+    below = (process for node in nodes for process in tree(node))
+    return [process.pid for process in below if process.command().startswith(title)]
 
 
 def test_an_actor_a_task_and_a_node(work: Path, cluster: tuple[str, list[int], Callable[[], None]]) -> None:

@@ -18,6 +18,7 @@ from artifacts import COLOURS, picture, write_classifier, write_detector
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from services import Started, started_of, write_keys
 
+from benchmarks.processes import tree
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 
@@ -204,12 +205,5 @@ def test_503_without_a_replica(watched: Watched) -> None:
 
 def pid_of(title: str) -> int:
     """The process of that title below this one: others may run services beside."""
-    titles = {int(path.parent.name): path for path in Path("/proc").glob("[0-9]*/cmdline")}
-    (pid,) = [pid for pid, path in titles.items() if path.read_text().startswith(title) and is_below(pid)]
+    (pid,) = [process.pid for process in tree(os.getpid()) if process.command().startswith(title)]
     return pid
-
-
-def is_below(pid: int) -> bool:
-    while pid > 1 and pid != os.getpid():
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return pid == os.getpid()

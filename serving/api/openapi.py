@@ -56,7 +56,7 @@ def document(version: str) -> dict[str, Any]:
     def operation(
         summary: str, answer: dict[str, Any] | None = None, *refusals: str, binary: Sequence[str] = (), **more: Any
     ) -> dict[str, Any]:
-        content = _json(answer or {"type": "object"}) | dict.fromkeys(binary, {})
+        content = _json(answer or {"type": "object"}) | {key: {} for key in binary}
         good = {"description": "OK", "content": content}
         bad = {code: {"description": _REFUSALS[code], "content": _json(error)} for code in ("401", *refusals, "429")}
         return {"summary": summary, "responses": {"200": good, **bad}, **more}
@@ -85,7 +85,7 @@ def document(version: str) -> dict[str, Any]:
         "/v2/models/{model}/infer": {
             "post": operation(
                 "Tensors to tensors, by the Open Inference Protocol", None, *_FOR_IMAGES, **one_model, binary=_OCTETS,
-                requestBody={"required": True, "content": _json(request) | dict.fromkeys(_OCTETS, {})},
+                requestBody={"required": True, "content": _json(request) | {key: {} for key in _OCTETS}},
             )
         },
         "/v2/models/{model}/classify": {
