@@ -1,5 +1,6 @@
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,21 @@ def test_pytorch_has_its_weights_channels_last(tmp_path):
             assert export.detectors(model, pixels, compile_too=False)["eager"]() == 1
         else:
             assert export.classifiers(model, pixels, compile_too=False)["eager"]() == 1
+
+
+def test_what_is_timed_is_what_was_compiled(monkeypatch):
+    """With the weights frozen: compiled again in a turn, for another mode, it would be without."""
+    graphs: list[bool] = []
+
+    def backend(module, _):
+        graphs.append(torch._inductor.config.freezing and not torch.is_grad_enabled())
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    work = export.compiled(torch.nn.Linear(3, 2).eval(), (torch.ones(4, 3),), compile_too=True)["compiled"]
+    assert (work(), work()) == (4, 4)
+    assert graphs == [True]
 
 
 @pytest.mark.slow
