@@ -1,7 +1,8 @@
 """A service on a real Ray Serve, which a file's tests share, and what is asked of it."""
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,3 +56,10 @@ def write_keys(path: Path, key: str) -> str:
     path.write_text(f"ann:{key}\n")
     path.chmod(0o600)
     return str(path)
+
+
+def within(seconds: float, holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)

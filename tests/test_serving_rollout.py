@@ -17,7 +17,7 @@ import pytest
 import tritonclient.http
 from artifacts import keep_answer, picture, write_classifier, write_detector
 from pydantic import ValidationError
-from services import Started, started_of
+from services import Started, started_of, within
 
 from backbones.errors import InputError
 from serving.artifact import read_whole, write_artifact
@@ -149,13 +149,6 @@ def replicas(application: str) -> list[str]:
 
     details = serve.context._global_client.get_serve_details()["applications"][application]["deployments"]["several"]
     return [replica["replica_id"] for replica in details["replicas"] if replica["state"] == "RUNNING"]
-
-
-def within(seconds: float, holds) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
 
 
 @dataclass

@@ -61,13 +61,11 @@ def document(version: str) -> dict[str, Any]:
         bad = {code: {"description": _REFUSALS[code], "content": _json(error)} for code in ("401", *refusals, "429")}
         return {"summary": summary, "responses": {"200": good, **bad}, **more}
 
-    def images(
-        action: str, summary: str, *query: tuple[str, dict[str, Any], str], binary: Sequence[str] = ()
-    ) -> dict[str, Any]:
+    def images(action: str, summary: str, *query: tuple[str, dict[str, Any], str], **more: Any) -> dict[str, Any]:
         one, several = answers[action], {"type": "array", "items": _schema(Entry, components)}
         answer = {"anyOf": [one, {"type": "object", "properties": {"results": several}, "required": ["results"]}]}
         parameters = [_MODEL, *map(_query, query)]
-        return operation(summary, answer, *_FOR_IMAGES, binary=binary, requestBody=_BODY, parameters=parameters)
+        return operation(summary, answer, *_FOR_IMAGES, requestBody=_BODY, parameters=parameters, **more)
 
     one_model: dict[str, Any] = {"parameters": [_MODEL]}
     paths = {
