@@ -105,8 +105,7 @@ from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 cluster.wait_for_nodes()
-raylets = [node.all_processes["raylet"][0].process.pid for node in cluster.list_all_nodes()]
-print(cluster.address, *raylets, flush=True)
+print(cluster.address, flush=True)
 input()
 cluster.remove_node(nodes[0], allow_graceful=False)
 print(flush=True)
@@ -116,10 +115,8 @@ cluster.shutdown()
 
 
 @pytest.fixture
-def cluster() -> Iterator[tuple[str, list[int], Callable[[], None]]]:
-    """A head and two more nodes, of a CPU each, on this machine: the address, the nodes' processes, and what removes
-    one of the two.
-    """
+def cluster() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A head and two more nodes, of a CPU each, on this machine: the address, and what removes one of the two."""
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}  # as the job's; of its own Ray only the node itself has the token
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -131,25 +128,23 @@ def cluster() -> Iterator[tuple[str, list[int], Callable[[], None]]]:
             stdin.flush()
             assert stdout.readline(), "the cluster has ended"
 
-        address, *raylets = stdout.readline().split()
-        yield address, [int(pid) for pid in raylets], remove_node
+        yield stdout.readline().strip(), remove_node
         stdin.write("\n")
 
 
-def workers(nodes: list[int], title: str) -> list[int]:
-    """The processes of a title below the nodes'."""
-    below = (process for node in nodes for process in tree(node))
-    return [process.pid for process in below if process.command().startswith(title)]
+def workers(title: str) -> list[int]:
+    """The cluster's processes of a title."""
+    return [process.pid for process in tree(os.getpid()) if process.command().startswith(title)]
 
 
-def test_an_actor_a_task_and_a_node(work: Path, cluster: tuple[str, list[int], Callable[[], None]]) -> None:
+def test_an_actor_a_task_and_a_node(work: Path, cluster: tuple[str, Callable[[], None]]) -> None:
     """On a cluster, with decoding in tasks: first the listing or a decoding task, then an actor, then a whole node."""
-    address, nodes, remove_node = cluster
+    address, remove_node = cluster
     actors = ["actors.min_actors=2", "actors.threads=1"]
     job = start(work, "cluster", "decode=tasks", *actors, address=address)
     for at_least, title in [(0, "ray::MapBatches"), (3, "ray::MapWorker")]:
         wait_for(lambda: parts(work, "cluster") >= at_least, job)  # noqa: B023 - it is called at once
-        (victim,) = wait_for(lambda: workers(nodes, title)[:1], job)  # noqa: B023
+        (victim,) = wait_for(lambda: workers(title)[:1], job)  # noqa: B023
         os.kill(victim, signal.SIGKILL)
     wait_for(lambda: parts(work, "cluster") >= 6, job)
     remove_node()
