@@ -54,9 +54,9 @@ def write_aside(path: str | Path) -> Iterator[Path]:
         InputError: the folder cannot be made or written to.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; name a file")
     try:
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     except OSError as error:

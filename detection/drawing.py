@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 COLORS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")  # of classes, in turn
+LONGEST_JPEG = 65_500  # pixels of a side: libjpeg writes no larger ones
 FARTHEST = 1e6  # pixels from the picture's corner that a box is drawn
 
 

@@ -12,13 +12,16 @@ table { border-collapse: collapse; margin: 1rem 0 }
 th, td { padding: .15rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 img { max-width: 100% }
+figure { display: inline-block; margin: .5rem }
+figcaption { font-size: .85rem; color: #555 }
 .scroll { max-height: 32rem; overflow: auto; display: inline-block }
 """
 
 
 def page(title: str, parts: Iterable[str]) -> str:
     """A whole page of the parts that the functions below make."""
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{html.escape(title)}</title><style>{STYLE}</style>"
     body = "\n".join([f"<h1>{html.escape(title)}</h1>", *parts])
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
 
@@ -46,6 +49,14 @@ def _cell(value: Any) -> str:
 
 def picture(path: Path, text: str) -> str:
     """A PNG or JPEG file, with what is to be read in its place."""
-    kind = "jpeg" if path.suffix == ".jpg" else "png"
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{data}">'
+    return embedded(path.read_bytes(), "jpeg" if path.suffix == ".jpg" else "png", text)
+
+
+def embedded(data: bytes, kind: str, text: str) -> str:
+    """An encoded picture, such as of the kind `svg+xml`, with what is to be read in its place."""
+    return f'<img alt="{html.escape(text)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def figure(data: bytes, kind: str, caption: str) -> str:
+    """As `embedded`, with the text below it, and beside others as far as there is room."""
+    return f"<figure>{embedded(data, kind, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -221,12 +221,12 @@ def read_whole(path: str | Path) -> Whole:
 
 
 def _read(path: str | Path) -> bytes:
-    if not Path(path).exists():
-        raise InputError(f"no artefact at {path}: make one with `python -m serving export`")
     try:
         if Path(path).stat().st_size > LARGEST:
             raise InputError(f"{path} is no artefact: protobuf, and so ONNX in one file, ends at 2 GiB")
         content = Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"no artefact at {path}: make one with `python -m serving export`") from None
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): give an .onnx file") from None
     if not content:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from backbones.errors import InputError
 from backbones.progress import progress
-from serving.artifact import Artifact, read_whole
+from serving.artifact import Artifact
 from serving.jobs.config import BatchConfig
 from serving.jobs.exports import check_export, write_export
 from serving.jobs.inputs import list_files
@@ -99,9 +99,9 @@ def _open(config: BatchConfig, index: int) -> Opened:
     model = config.models[index]
     provider = config.provider(model)
     here = "cpu" if provider in ON_GPU else provider  # the GPU is the actors'
-    artifact = create_predictor(OnnxModel(model.artifact, here, threads=1)).metadata
-    path = str(Path(model.artifact).absolute())
-    return Opened(model.name, artifact, WorkerModel(path, provider, read_whole(path).sha256))
+    opened = OnnxModel(model.artifact, here, threads=1)
+    worker = WorkerModel(str(Path(model.artifact).absolute()), provider, opened.sha256)
+    return Opened(model.name, create_predictor(opened).metadata, worker)
 
 
 def _predict(config: BatchConfig, models: Sequence[Opened], output: Output, images: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from backbones.errors import InputError
-from backbones.schema import Section
+from backbones.schema import Section, repeated
 from serving.ingress.access_log import LOG_VARIABLE
 from serving.ingress.keys import KEYS_VARIABLE, LIMIT_VARIABLE, RateLimit
 from serving.sessions.providers import ON_GPU, Provider, check_gpu_options
@@ -136,13 +136,12 @@ class ServingConfig(Section):
     @classmethod
     def _names_differ(cls, models: tuple[ServedModel, ...]) -> tuple[ServedModel, ...]:
         names = [model.name for model in models]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"two models are named {twice.pop()!r}: give each its own name")
+        if twice := repeated(names):
+            raise ValueError(f"two models are named {twice!r}: give each its own name")
         # HAProxy knows the applications of further versions by these names.
-        further = {f"{model.name}_{version.version}" for model in models for version in model.served[1:]}
-        if further & set(names):
-            raise ValueError(f"model {(further & set(names)).pop()!r} is named as another's version: rename it")
+        names += [f"{model.name}_{version.version}" for model in models for version in model.served[1:]]
+        if twice := repeated(names):
+            raise ValueError(f"HAProxy would know two models or versions as {twice!r}: rename one of them")
         return models
 
     @property

@@ -120,7 +120,7 @@ class ResultsSource:
     def rows(self, paths: Sequence[Path]) -> Iterator[Row]:
         seen: set[str] = set()
         for path in paths:
-            endings = ("/".join(path.parts[i:]) for i in range(len(path.parts)))
+            endings = (str(Path(*path.parts[i:])) for i in range(len(path.parts)))
             row = next((self._rows[ending] for ending in endings if ending in self._rows), None)
             if row is None:
                 raise InputError(f"{self.path} has no row for {path}: was the job run on this data set?")

@@ -82,12 +82,12 @@ def run_quantize(
     """
     if Path(output).suffix != ".onnx":
         raise InputError(f"-o {output}: an artefact's name ends in .onnx")
-    if Path(output).exists() and Path(output).samefile(model):
-        raise InputError(f"-o {output} is the float artefact itself: name another file")
     if not 0 <= max_drop <= 100:
         raise InputError(f"--max-drop {max_drop}: give points from 0 to 100")
-    check_writable(Path(output).parent)
     _, graph, artifact, _ = read_whole(model)
+    if Path(output).exists() and Path(output).samefile(model):
+        raise InputError(f"-o {output} is the float artefact itself: name another file")
+    check_writable(Path(output).parent)
     _check(graph, artifact, model)
     sources, where = calibration_images(config, overrides, artifact, calibration, images)
     graph = onnx.shape_inference.infer_shapes(graph)

@@ -2,37 +2,17 @@
 one HTML file without external resources; no torch here.
 """
 
-import base64
-import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
 
 from backbones.files import write_aside
+from detection import page
 from detection.drawing import COLORS, draw_boxes
 from serving.predictor import Classification, Detections
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }}
-th, td {{ padding: .3rem 1rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child {{ text-align: left }}
-img {{ max-width: 100% }}
-figure {{ display: inline-block; margin: .5rem }}
-figcaption {{ font-size: .85rem; color: #555 }}
-</style>
-<h1>{title}</h1>
-{body}
-</html>
-"""
 
 
 def annotate(image: Image.Image, found: Detections, classes: Sequence[str], zoom: int = 2) -> Image.Image:
@@ -77,27 +57,19 @@ def write_page(
     notes: Sequence[str],
 ) -> None:
     """Write the page; `pictures` come with captions."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg")
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table)
     parts = [
-        "".join(f"<p>{html.escape(note)}</p>" for note in notes),
-        f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in header)}</tr>{rows}</table>",
-        f'<h2>Training</h2><img alt="training curves" src="{_data_url(buffer.getvalue(), "image/svg+xml")}">',
-        "<h2>Held-out pictures, as the endpoint sees them</h2>",
-        *(_figure(image, caption) for image, caption in pictures),
+        *map(page.paragraph, notes),
+        page.table(header, table),
+        page.heading("Training"),
+        page.embedded(_encoded(figure.savefig, "svg"), "svg+xml", "training curves"),
+        page.heading("Held-out pictures, as the endpoint sees them"),
+        *(page.figure(_encoded(image.save, "png"), "png", caption) for image, caption in pictures),
     ]
     with write_aside(path) as aside:
-        aside.write_text(_PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
+        aside.write_text(page.page(title, parts), encoding="utf-8")
 
 
-def _figure(image: Image.Image, caption: str) -> str:
+def _encoded(save: Callable[..., object], kind: str) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    text = html.escape(caption)
-    source = _data_url(buffer.getvalue(), "image/png")
-    return f'<figure><img alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
-
-
-def _data_url(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    save(buffer, format=kind)
+    return buffer.getvalue()

@@ -113,9 +113,14 @@ class SideBySide(OnnxModel):
     Args:
         wide: runs on all cores; this is it, and shares its session.
         narrow: of the same artefact, runs on one.
+
+    Raises:
+        InputError: the file was another by the time that `narrow` was opened.
     """
 
     def __init__(self, wide: OnnxModel, narrow: OnnxModel):
+        if narrow.sha256 != wide.sha256:
+            raise InputError(f"{narrow.path} was replaced while it was opened: start again")
         vars(self).update(vars(wide))
         self._narrow = narrow
         self._running, self._lock = 0, threading.Lock()

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,8 @@ class RunningService:
         grpc_port = began.grpc_port if config.grpc_port == 0 else config.grpc_port
         config = _resolved(config, config.port or began.port, grpc_port)
         check_unchanged(began, config)
+        if "RAY_ADDRESS" not in os.environ:
+            _check_gpus(config)
         applications = build(config)
         roll_out(self._applications, applications, config.start_timeout_s)
         self._applications[:] = applications  # in place: `stop` has the list
@@ -104,6 +107,9 @@ def _update(service: RunningService, load: Callable[[], ServingConfig]) -> None:
         service.update(load())
     except InputError as error:
         print(f"not rolled out, what ran before goes on: {error}", flush=True)
+    except Exception as error:  # a defect, or Ray's: no reason to stop what answers
+        traceback.print_exc()
+        print(f"not rolled out, what ran before goes on: {type(error).__name__}, see above", flush=True)
     else:
         print(f"rolled out after {time.monotonic() - began:.0f} s", flush=True)
 
@@ -233,22 +239,27 @@ def _own_sigterm() -> Iterator[None]:
 
 
 def _start_ray(config: ServingConfig, local: bool) -> None:
-    import ray
 
     if not local:
         start_ray()
         return
     # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
     # this process beside them.
-    replicas = [(model, model.max_replicas * len(model.served)) for model in config.models]
-    reserved = sum(math.ceil(model.num_cpus) * count for model, count in replicas)
+    reserved = sum(math.ceil(model.num_cpus) * model.max_replicas * len(model.served) for model in config.models)
     try:
         start_ray(address="local", num_cpus=(os.cpu_count() or 1) + ROOM * reserved)
     except Exception as error:  # Ray raises no class of its own when its node does not come up in time
         raise InputError(
             f"Ray did not start ({str(error).splitlines()[0]}): is the machine overloaded? try again"
         ) from error
-    wanted = sum(model.num_gpus * count for model, count in replicas)
+    _check_gpus(config)
+
+
+def _check_gpus(config: ServingConfig) -> None:
+    """Of this machine, which gets no more of them; a cluster may."""
+    import ray
+
+    wanted = sum(model.num_gpus * model.max_replicas * len(model.served) for model in config.models)
     found = ray.cluster_resources().get("GPU", 0)
     if wanted > found:
         raise InputError(f"the models ask for {wanted:g} GPUs and Ray finds {found:g}: lower num_gpus or replicas")

@@ -83,7 +83,9 @@ def test_any_shortened_file_is_refused(path):
 def test_each_mistake_has_its_line(path, tmp_path):
     content = path.read_bytes()
     refused(tmp_path / "none.onnx", "no artefact at .*: make one with `python -m serving export`")
+    refused(path / "none.onnx", "no artefact at .*: make one with `python -m serving export`")
     refused(tmp_path, "cannot read .*: give an .onnx file")
+    refused(tmp_path / ("x" * 300), r"cannot read .* \(File name too long\): give an .onnx file")
     path.write_bytes(b"")
     refused(path, "is empty: copy the file again")
     path.write_bytes(b"\x89PNG\r\n" + content)

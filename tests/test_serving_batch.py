@@ -253,12 +253,14 @@ def test_an_output_of_another_job_is_refused(images: Path, tmp_path: Path) -> No
     run_batch(job(model, images / "a", output))
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     (tmp_path / "list.txt").write_text("\n".join(str(path) for path in sorted((images / "a").iterdir())))
-    other = job(write_classifier(tmp_path / "other.onnx", crop=16), images / "a", output)
+    other_model = write_classifier(tmp_path / "other.onnx", crop=16)
+    other = job(other_model, images / "a", output)
     for config, message in [
         (other, r"out holds results of another artefact m, \w{12} and not \w{12}: name another output"),
         (job(model, images, output), "holds results of another number of images, 5 and not 13: name"),
         (job(model, tmp_path / "list.txt", output), r"holds results of another input, \w{12} and not"),
         (job(model, images / "a", output, part_rows=9), "holds results of another part_rows, 512 and not 9: name"),
+        (job({"other": other_model}, images / "a", output), r"another artefact m, \w{12} and not None: name"),
         (job(model, images / "a", tmp_path), "holds other files, such as list.txt: name a new folder"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -402,6 +404,12 @@ def test_mistakes_are_told_before_ray_starts(images: Path, tmp_path: Path, monke
 def test_a_config_that_cannot_be_is_refused(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(BatchConfig, ROOT / "configs/batch/local.yaml", [override])
+
+
+@pytest.mark.parametrize("other", ["models.1.results=./a.csv", "input=a.csv"])
+def test_results_replace_nothing(other: str) -> None:
+    with pytest.raises(InputError, match="results would replace another model's, or the input: .*a.csv"):
+        load_config(BatchConfig, ROOT / "configs/batch/local.yaml", ["models.0.results=a.csv", other])
 
 
 def test_every_config_is_read() -> None:

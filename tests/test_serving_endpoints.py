@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from artifacts import picture, write_classifier
+from artifacts import picture, write_classifier, write_detector
 from starlette.requests import Request
 
+from backbones.preprocess import ImageError
+from serving.api.protocol import Refusal
+from serving.api.schemas import detect_answer
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
 from serving.service import endpoints
@@ -77,3 +80,35 @@ def test_no_more_images_are_decoded_than_there_is_room_for(tmp_path, monkeypatch
     assert 0 < predictor.most <= room
     assert [one["predictions"][0]["label"] for one in results if "error" not in one] == ["red"] * 10 + ["blue"]
     assert "error" in results[10] and np.shape(results) == (12,)
+
+
+def test_what_nobody_will_see_is_not_made() -> None:
+    ended = []
+
+    async def slow() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("slow")
+            raise
+
+    async def fails() -> None:
+        raise Refusal(503, "no replica")
+
+    async def scenario() -> None:
+        with pytest.raises(Refusal):
+            await endpoints._all(slow(), fails())
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert ended == ["slow"]
+
+
+def test_an_answer_longer_than_jpeg_holds_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(endpoints, "LONGEST_JPEG", 50)
+    predictor: Any = create_predictor(OnnxModel(write_detector(tmp_path / "m.onnx"), "cpu"))
+    (found,) = predictor.predict([predictor.prepare(picture("red"))])
+    answer = detect_answer(predictor.metadata, found)
+    assert endpoints.draw(picture("red"), answer, "png", predictor.metadata).media_type == "image/png"
+    with pytest.raises(ImageError, match="a side of 60 pixels is more than JPEG holds: ask for annotate=png"):
+        endpoints.draw(picture("red"), answer, "jpeg", predictor.metadata)

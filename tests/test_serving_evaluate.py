@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from artifacts import write_classifier
 from jobs import job
 
 import backbones.evaluate
@@ -16,9 +18,12 @@ from backbones.errors import InputError
 from backbones.files import write_json
 from detection.config import DetectorConfig
 from serving.__main__ import main
+from serving.artifact import read_artifact
 from serving.batch import run_batch
 from serving.config import ServingConfig
 from serving.evaluate import ArtifactSource, EndpointSource, ResultsSource, run_eval
+from serving.jobs.results import Row, to_table
+from serving.predictor import Classification
 from serving.serve import start
 from serving.shapes import CLASSES, draw_classification, draw_detection
 
@@ -193,7 +198,7 @@ def test_other_thresholds_than_the_artefacts_are_refused(line):
 def test_a_job_on_a_part_is_no_evaluation_of_the_whole(line):
     root, _, (config, overrides), *_ = line
     run_batch(job(root / "c.onnx", root / "c" / "val" / "circle", root / "part"))
-    with pytest.raises(InputError, match="has no row for|fits several images"):
+    with pytest.raises(InputError, match="fits several images: run the job on a folder above"):
         run_eval(config, overrides, ResultsSource(root / "part" / "m"))
 
 
@@ -206,3 +211,12 @@ def test_results_of_another_data_set_and_broken_images(line, tmp_path):
         run_eval(config, here, ResultsSource(root / "of-c" / "c"))
     with pytest.raises(InputError, match=r"9999.png.*cannot be decoded"):
         run_eval(config, here, ArtifactSource(root / "c.onnx"))
+
+
+def test_rows_of_a_list_may_have_absolute_paths(tmp_path):
+    metadata = read_artifact(write_classifier(tmp_path / "m.onnx"))[0]
+    given = [tmp_path / "a" / "1.png", tmp_path / "b" / "1.png"]
+    rows = [Row(str(path), Classification(np.array([i]), np.array([1], np.float32))) for i, path in enumerate(given)]
+    pq.write_table(to_table(rows, metadata), tmp_path / "r.parquet")
+    found = [row.result.indices[0] for row in ResultsSource(tmp_path / "r.parquet").rows(given[::-1])]
+    assert found == [1, 0]

@@ -5,6 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -173,6 +175,16 @@ def test_keys_are_asked_for(clients: Clients) -> None:
         assert refused(lambda h=headers: clients.grpc.get_server_metadata(headers=h))[0] == "UNAUTHENTICATED"  # type: ignore[misc]
     answer = clients.infer("classifier", picture("red"), headers={"authorization": f"Bearer {KEY}"})
     assert answer.as_numpy("labels")[0, 0] == b"red"
+
+
+def test_ray_tells_nobody_the_names_of_models(started: Started) -> None:
+    """It has pages and calls of its own, that ask for no key."""
+    for path in ("/-/routes", "/-/ROUTES"):
+        said = httpx.get(f"{started.service.url}{path}", trust_env=False)
+        assert said.status_code == 404 and "classifier" not in said.text and list(said.json()) == ["error"]
+    with grpc.insecure_channel(str(started.service.grpc_url)) as channel, pytest.raises(grpc.RpcError) as raised:
+        channel.unary_unary("/ray.serve.RayServeAPIService/ListApplications")(b"", timeout=30)
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_a_request_that_is_too_large_is_refused(clients: Clients) -> None:

@@ -67,7 +67,8 @@ def through_haproxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callab
             grpc.channel_ready_future(channel).result(20)
 
             def call(method: str, message: bytes, **kwargs: Any) -> bytes:
-                return bytes(channel.unary_unary(f"{SERVICE}/{method}")(message, timeout=20, **kwargs))
+                path = method if method.startswith("/") else f"{SERVICE}/{method}"
+                return bytes(channel.unary_unary(path)(message, timeout=20, **kwargs))
 
             yield call
         finally:
@@ -89,6 +90,9 @@ def test_the_model_is_read_from_the_message(through_haproxy: Callable[..., bytes
 def test_the_servers_own_calls_go_to_the_front(through_haproxy: Callable[..., bytes]) -> None:
     for method in ("ServerLive", "ServerReady", "ServerMetadata", "RepositoryIndex", "Other"):
         assert through_haproxy(method, b"") == b"_front 0"
+    with pytest.raises(grpc.RpcError) as raised:
+        through_haproxy("/ray.serve.RayServeAPIService/ListApplications", b"")
+    assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
     assert through_haproxy("ServerLive", b"", metadata=[("application", "classifier")]) == b"_front 0"
 
 

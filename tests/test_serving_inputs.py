@@ -96,6 +96,7 @@ def test_parquet_with_bytes_and_archives(folder: Path, place) -> None:
     files = list(list_files(place(folder.parent / "rows.parquet")))
     check(files)
     assert [file.label for file in files] == ["3", "1", "2", "0"]
+    pq.write_table(table, folder.parent / "ROWS.Parquet")
     pq.write_table(table.drop_columns(["path"]), folder.parent / "only.parquet")
     check(list(list_files(place(folder.parent / "on*.parquet"))), [f"only.parquet[0,{i}]" for i in range(4)])
 
@@ -105,6 +106,9 @@ def test_parquet_with_bytes_and_archives(folder: Path, place) -> None:
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
+    options = "?use_mmap=1" if place is uri else ""
+    check(list(list_files(place(folder.parent / "ROWS.Parquet") + options)))
+    check(list(list_files(place(folder.parent / "RO?S.P*") + options)))
     files = list(list_files(place(folder.parent / "s-*.tar")))
     check(files, [f"s-0.tar/{i}.jpg" for i in range(4)])
     assert [file.label for file in files] == ["0", "1", "2", "3"]

@@ -149,6 +149,17 @@ def test_rounding_is_near_and_not_exact(photo, tmp_path) -> None:
     assert verdicts == {"exact": str(photo), "near": None, "free": None}
 
 
+def test_nothing_is_worse_than_no_number(photo, tmp_path) -> None:
+    source = ArtifactSource(write_classifier(tmp_path / "m.onnx"), "cpu")
+    (row,) = source.rows([photo])
+    assert isinstance(row.result, Classification)
+    broken = replace(row, path="b", result=replace(row.result, probabilities=row.result.probabilities * np.nan))
+    agreement = Agreement(source.metadata, "near")
+    for found in (row, broken, row):
+        agreement.add(replace(row, path=found.path), found)
+    assert agreement.culprit == "b"
+
+
 def test_an_error_on_one_side_alone(tmp_path) -> None:
     metadata = ArtifactSource(write_classifier(tmp_path / "m.onnx"), "cpu").metadata
     right = Row("a.jpg", Classification(np.array([0]), np.array([1], np.float32)))

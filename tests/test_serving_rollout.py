@@ -273,8 +273,12 @@ def test_versions_that_do_not_go_together(values, words):
         ServedModel.model_validate({"name": "a", **values})
 
 
-def test_names_that_haproxy_would_mix_up():
-    versions = [{"version": "1", "artifact": "a"}, {"version": "2", "artifact": "b", "weight": 0.1}]
-    models = [{"name": "a", "versions": versions}, {"name": "a_2", "artifact": "c"}]
-    with pytest.raises(ValidationError, match="model 'a_2' is named as another's version"):
+@pytest.mark.parametrize(("name", "version"), [("a_2_b", None), ("a_2", "b")])
+def test_names_that_haproxy_would_mix_up(name, version):
+    def versions(second):
+        return [{"version": "1", "artifact": "a"}, {"version": second, "artifact": "b", "weight": 0.1}]
+
+    other = {"artifact": "c"} if version is None else {"versions": versions(version)}
+    models = [{"name": "a", "versions": versions("2_b")}, {"name": name, **other}]
+    with pytest.raises(ValidationError, match="HAProxy would know two models or versions as 'a_2_b'"):
         ServingConfig.model_validate({"models": models})

@@ -120,8 +120,9 @@ def render(request: oip.InferRequest, model: str, version: str, tensors: oip.Ten
 def _split(body: bytes, json_length: str | None) -> tuple[bytes, bytes]:
     if json_length is None:
         return body, b""
-    if not (json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)):
-        raise InputError(f"{JSON_LENGTH} is {json_length!r}: give the bytes of JSON in the body of {len(body)}")
+    digits = len(json_length) < 20 and json_length.isascii() and json_length.isdigit()
+    if not (digits and int(json_length) <= len(body)):
+        raise InputError(f"{JSON_LENGTH} is {json_length[:20]!r}: give the bytes of JSON in the body of {len(body)}")
     return body[: int(json_length)], body[int(json_length) :]
 
 

@@ -80,8 +80,8 @@ def allow(request: Request, *methods: str) -> None:
         raise Refusal(405, f"{request.method} is not for {request.url.path}: use {names}", {"Allow": names})
 
 
-def too_large(limit: int) -> Refusal:
-    return Refusal(413, f"the body is over {limit} bytes: send less at once, or raise max_body_bytes")
+def too_large(limit: int, remedy: str = "send less at once, or raise max_body_bytes") -> Refusal:
+    return Refusal(413, f"the body is over {limit} bytes: {remedy}")
 
 
 async def read_body(request: Request, limit: int, what: str = "the bytes of a JPEG or PNG file") -> bytes:
@@ -96,16 +96,16 @@ async def read_body(request: Request, limit: int, what: str = "the bytes of a JP
     return body
 
 
-async def read_whole_body(request: Request, limit: int) -> bytes:
-    """The whole body, given up as soon as it is known to pass `limit` bytes."""
+async def read_whole_body(request: Request, limit: int, *remedy: str) -> bytes:
+    """The whole body, given up as soon as it is known to pass `limit` bytes, with a remedy of its own for that."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise too_large(limit)
+        raise too_large(limit, *remedy)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            raise too_large(limit)
+            raise too_large(limit, *remedy)
     return bytes(body)
 
 

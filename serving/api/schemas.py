@@ -62,7 +62,7 @@ def class_indices(text: str, artifact: Artifact) -> tuple[int, ...]:
     for part in map(str.strip, text.split(",")):
         if part in artifact.classes:
             found.append(artifact.classes.index(part))
-        elif part.isdecimal() and int(part) < len(artifact.classes):
+        elif len(part) < 10 and part.isdecimal() and int(part) < len(artifact.classes):
             found.append(int(part))
         else:
             raise unknown("class", part, artifact.classes)

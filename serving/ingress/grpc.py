@@ -25,6 +25,7 @@ frontend cspnet_grpc from cspnet_grpc
     acl identity req.hdr(grpc-encoding) identity
     acl of_a_model path {paths}
     acl named var(txn.model) -m reg ^[A-Za-z0-9][A-Za-z0-9._-]*$
+    http-request return status 200 hdr grpc-status 12 hdr grpc-message "no such method" if !{{ path_beg {service} }}
     http-request return status 200 hdr grpc-status 12 hdr grpc-message "send messages uncompressed" if encoded !identity
     http-request set-header {application} {front}
     http-request wait-for-body time 10s if of_a_model
@@ -48,12 +49,13 @@ def write_frontend(folder: Path, host: str, port: int, ray_port: int) -> Path:
     Args:
         ray_port: where Ray's frontend listens, on the same host.
     """
-    config = folder / "grpc.cfg"
+    config, service = folder / "grpc.cfg", f"/{PACKAGE}.{SERVICE}/"
     config.write_text(
         _CONFIG.format(
             public=f"{host}:{port}",
             ray=f"{_reached(host)}:{ray_port}",
-            paths=" ".join(f"/{PACKAGE}.{SERVICE}/{method}" for method in OF_A_MODEL),
+            service=service,
+            paths=" ".join(f"{service}{method}" for method in OF_A_MODEL),
             application=APPLICATION,
             front=FRONT,
             no_model=NO_MODEL,

@@ -6,6 +6,7 @@
 
 - HAProxy listens on the socket that the service holds, so that connections wait while a HAProxy is replaced;
 - its pages of metrics and statistics are on the loopback address, not on every interface;
+- nobody is told the routes, which are the models' names: HAProxy answers before anyone is asked for a key;
 - its own answers are JSON under their true status, where Ray has 502, 503 and 504 said as 500 in plain text;
 - it finishes its requests and ends when the process that started it ends, even by SIGKILL.
 """
@@ -20,6 +21,7 @@ import sys
 from pathlib import Path
 
 HEADERS_S = 30  # for a request's headers, which could come in drops for ever
+NO_ROUTES = """status 404 content-type application/json string '{"error": "nothing at /-/routes: see GET /v2"}'"""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -50,6 +52,7 @@ def mend(config: str, listener: int, errors: Path) -> str:
         (r"(?m)(?<=^frontend prometheus\n    bind ):(?=\d+$)", "127.0.0.1:"),
         (r"(?m)(?<=^listen stats\n  bind )\*:(?=\d+$)", "127.0.0.1:"),
         (r"(?m)(?<=^frontend http_frontend\n    bind ).*$", bind),
+        (r"(?m)(?<=^    http-request return ).*(?= if routes$)", NO_ROUTES),
         (r"(?m)(^ *errorfile \d+ .*\n)+", own),
     ):
         config, found = re.subn(pattern, wanted.replace("\\", r"\\"), config)

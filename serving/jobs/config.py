@@ -1,12 +1,13 @@
 """The config of a batch job; no torch here."""
 
+import os
 from pathlib import PurePath
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from backbones.schema import Section
+from backbones.schema import Section, repeated
 from serving.sessions.providers import ON_GPU, Provider
 
 RESULT_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -67,9 +68,11 @@ class BatchConfig(Section):
 
     @model_validator(mode="after")
     def _values_agree(self) -> Self:
-        names = [model.name for model in self.models]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two models are named {twice.pop()!r}: give each its own name")
+        if twice := repeated([model.name for model in self.models]):
+            raise ValueError(f"two models are named {twice!r}: give each its own name")
+        results = [os.path.realpath(model.results) for model in self.models if model.results is not None]
+        if twice := repeated([*results, os.path.realpath(self.input)]):
+            raise ValueError(f"results would replace another model's, or the input: {twice}: name another file")
         for model in self.models:
             if model.provider != "auto" and (model.provider in ON_GPU) != (self.actors.num_gpus > 0):
                 raise ValueError(

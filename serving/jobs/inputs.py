@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +32,19 @@ from backbones.errors import InputError
 from backbones.files import IMAGE_SUFFIXES, is_image
 from backbones.preprocess import ImageError
 from detection.coco import load_annotations
-from serving.jobs.places import FILE, FOLDER, is_uri, join, kind_of, open_file, parent, reason_of, split_glob, walk
+from serving.jobs.places import (
+    FILE,
+    FOLDER,
+    is_uri,
+    join,
+    kind_of,
+    open_file,
+    parent,
+    reason_of,
+    split_glob,
+    suffix_of,
+    walk,
+)
 
 MANIFESTS = (".txt", ".csv", ".jsonl", ".parquet", ".json")
 
@@ -69,7 +80,7 @@ class File:
             if self.place is None:
                 with open_file(where) as file:
                     return bytes(file.read())
-            if where.endswith(".parquet"):
+            if suffix_of(where) == ".parquet":
                 group, row = self.place
                 content = _row_group(where, group)[row].as_py()
             else:
@@ -136,7 +147,7 @@ def _found(source: str, images: str | None) -> Iterator[File]:
 
 def _of_one(where: str, images: str | None, name: str) -> Iterator[File]:
     """What one file stands for."""
-    suffix = PurePosixPath(urlsplit(where).path if is_uri(where) else where).suffix.lower()
+    suffix = suffix_of(where)
     folder = images or parent(where)
     if suffix in IMAGE_SUFFIXES:
         yield _file(name, "", where)

@@ -72,13 +72,15 @@ class Output:
         Raises:
             InputError: another job writes here, or the folder cannot be made or is not a job's.
         """
-        if self.folder.is_file():
-            raise InputError(f"output {self.folder} is a file: name a folder for the job's parts")
-        if self.folder.is_dir() and not (self.folder / JOB).exists():
-            strange = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
-            if strange:
-                raise InputError(f"output {self.folder} holds other files, such as {min(strange)}: name a new folder")
         try:
+            if self.folder.is_file():
+                raise InputError(f"output {self.folder} is a file: name a folder for the job's parts")
+            if self.folder.is_dir() and not (self.folder / JOB).exists():
+                strange = [path.name for path in self.folder.iterdir() if not path.name.startswith(".")]
+                if strange:
+                    raise InputError(
+                        f"output {self.folder} holds other files, such as {min(strange)}: name a new folder"
+                    )
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - it is closed below
         except OSError as error:
@@ -106,11 +108,11 @@ class Output:
         path = self.folder / JOB
         if path.exists():
             before = read_json(path)
-            for key in job:
+            for key in before | job:
                 if json.dumps(before.get(key)) != json.dumps(job[key]):
                     raise InputError(
                         f"{self.folder} holds results of another {key}, {short(before.get(key))} and not "
-                        f"{short(job[key])}: name another output, or remove this one"
+                        f"{short(job.get(key))}: name another output, or remove this one"
                     )
         (self.folder / LISTED).replace(self.folder / INPUTS)
         for name in (LISTED, JOB, "summary.json", "index.html"):

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -15,12 +16,18 @@ from pyarrow import fs
 from backbones.errors import InputError
 
 _URI = re.compile(r"[a-z][a-z0-9+.-]+://")
+_OPTIONS = re.compile(r"\?\w+=[^/]*$")  # of a URI that is a glob, where another question mark is any character
 FILE, FOLDER = fs.FileType.File, fs.FileType.Directory
 
 
 def is_uri(where: str) -> bool:
     """Whether a place is none of this machine's paths."""
     return _URI.match(where) is not None
+
+
+def suffix_of(where: str) -> str:
+    """Of the file's name, in lower case; a URI's options are none of it."""
+    return PurePosixPath(urlsplit(where).path if is_uri(where) else where).suffix.lower()
 
 
 def parent(where: str) -> str:
@@ -112,11 +119,14 @@ def walk(where: str, depth: int | None = None) -> Iterator[str]:
 
 def split_glob(pattern: str) -> tuple[str, re.Pattern[str], int | None]:
     """The folder above a glob, what names below it have to match, and how deep they lie if that is bounded."""
-    parts = pattern.split("/")
+    options = _OPTIONS.search(pattern) if is_uri(pattern) else None
+    query = options.group() if options else ""
+    parts = pattern.removesuffix(query).split("/")
     fixed = next(i for i, part in enumerate(parts) if re.search(r"[*?\[]", part))
     rest = parts[fixed:]
     regex = "/".join(_translate(part) for part in rest).replace("(?:.*)/", "(?:.*/)?")
-    return "/".join(parts[:fixed]) or ("/" if fixed else "."), re.compile(regex), None if "**" in rest else len(rest)
+    head = "/".join(parts[:fixed]) or ("/" if fixed else ".")
+    return head + query, re.compile(regex), None if "**" in rest else len(rest)
 
 
 def _translate(part: str) -> str:

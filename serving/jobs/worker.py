@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from backbones.errors import InputError
 from backbones.preprocess import ImageError, decode
+from detection.drawing import LONGEST_JPEG
 from serving.artifact import Artifact
 from serving.jobs.inputs import File, text_of
 from serving.jobs.parts import read_list
@@ -177,16 +179,17 @@ class BatchWorker:
     def __init__(self, models: Sequence[WorkerModel], batch_size: int, threads: int, annotated: bool):
         threads = min(threads, usable_cores())
         self.side_by_side = all(model.provider == "cpu" for model in models)
-        self.predictors = [
-            create_predictor(OnnxModel(model.path, model.provider, 1 if self.side_by_side else threads))
-            for model in models
-        ]
-        self.hashes = [model.sha256 for model in models]
+        opened = [OnnxModel(model.path, model.provider, 1 if self.side_by_side else threads) for model in models]
+        self.predictors = [create_predictor(model) for model in opened]
+        self.changed = [model.path for model, found in zip(models, opened, strict=True) if found.sha256 != model.sha256]
+        self.models = models
         self.batch_size, self.annotated = batch_size, annotated
         self.threads, self.pool = threads, ThreadPoolExecutor(threads, thread_name_prefix="images")
         self.cold = any(model.provider in ON_GPU for model in models)
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:  # of a generator Ray Data hands on errors as they are
+        for path in self.changed:  # rows of two models, of which one would pass for the other
+            raise InputError(f"{path} was replaced since the job began: put that file back, or name another output")
         files, prepared = _value_of(table)
         if self.cold:  # a GPU's first run takes a second
             self.cold = False
@@ -211,7 +214,7 @@ class BatchWorker:
 
     def _table(self, i: int, files: Sequence[File], rows: Sequence[Row]) -> pa.Table:
         artifact = self.predictors[i].metadata
-        table = to_table(rows, artifact, self.hashes[i])
+        table = to_table(rows, artifact, self.models[i].sha256)
         if not self.annotated:
             return table
         drawn = self.pool.map(_drawn, files, rows, [artifact] * len(rows))
@@ -219,13 +222,18 @@ class BatchWorker:
 
 
 def _drawn(file: File, row: Row, artifact: Artifact) -> bytes | None:
-    """An image with its result drawn on it, as JPEG."""
+    """An image with its result drawn on it, as JPEG; smaller if that holds none so long, and none if it is gone."""
     from serving.report import picture_of  # with matplotlib, which other jobs start without
 
     if row.result is None:
         return None
+    try:
+        picture = picture_of(decode(file.read()), row.result, artifact.classes)
+    except ImageError:  # read once more, and not there any more
+        return None
+    picture.thumbnail((LONGEST_JPEG, LONGEST_JPEG))
     buffer = io.BytesIO()
-    picture_of(decode(file.read()), row.result, artifact.classes).save(buffer, "JPEG", quality=90)
+    picture.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 

@@ -52,7 +52,7 @@ class Agreement:
         """Compare an image's two answers."""
         self.images += 1
         excess = self._excess(expected, found)
-        if not excess <= self.worst[1]:  # NaN is worse than all
+        if excess > self.worst[1] or np.isnan(excess):  # NaN is worse than all, and stays
             self.worst = (expected.path, excess)
 
     @property

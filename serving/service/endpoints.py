@@ -4,7 +4,7 @@ no torch here.
 
 import asyncio
 import io
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from backbones.errors import unknown
 from backbones.preprocess import ClassifierPreprocess, ImageError, Pixels, decode
-from detection.drawing import COLORS, draw_boxes
+from detection.drawing import COLORS, LONGEST_JPEG, draw_boxes
 from serving.api import oip
 from serving.api.protocol import Refusal, number, read_query, refused
 from serving.api.schemas import (
@@ -29,7 +29,7 @@ from serving.api.schemas import (
     detect_answer,
 )
 from serving.api.uploads import read_upload
-from serving.artifact import Artifact, ClassifierArtifact
+from serving.artifact import Artifact, ClassifierArtifact, DetectorArtifact
 from serving.predictor import Predictor
 from serving.runtime import usable_cores
 from serving.service.batching import BatchQueue
@@ -74,13 +74,7 @@ class Endpoints:
         """
         with refused():
             asked = await self._in_thread(parse, self.metadata)
-        answers = [asyncio.ensure_future(self._infer(asked, i)) for i in range(len(asked.images))]
-        try:
-            results = await asyncio.gather(*answers)
-        except Exception:
-            for other in answers:
-                other.cancel()  # nobody will see it
-            raise
+        results = await _all(*(self._infer(asked, i) for i in range(len(asked.images))))
 
         def answer() -> T:
             return render(asked, self.name, version, oip.to_tensors(asked, self.metadata, results))
@@ -109,7 +103,9 @@ class Endpoints:
         upload = await read_upload(request, self.max_body_bytes)
         if not upload.several:
             found = await one(upload.images[0])
-            return await self._in_thread(draw, upload.images[0], found, picture) if picture else found
+            if not picture:
+                return found
+            return await self._in_thread(draw, upload.images[0], found, picture, self.metadata)
         if picture:
             raise Refusal(400, f"annotate={picture} answers one picture: send one image at a time")
 
@@ -119,7 +115,7 @@ class Endpoints:
             except ImageError as error:
                 return {"name": name, "error": str(error)}
 
-        return {"results": await asyncio.gather(*map(entry, upload.names, upload.images))}
+        return {"results": await _all(*map(entry, upload.names, upload.images))}
 
     async def _one(self, image: bytes, answer: Callable[[Any], Any]) -> Any:
         async with self._room:
@@ -147,7 +143,7 @@ class Endpoints:
             async with self._room:
                 prepared, pixels = await self._in_thread(self.metrics.call, "decode", prepare)
                 classified = self._classifiers.classify(classifier, pixels, top_k)
-                found, classification = await asyncio.gather(self._run(prepared, answer), classified)
+                found, classification = await _all(self._run(prepared, answer), classified)
             return {**found, "classification": classification}
 
         return both
@@ -182,16 +178,34 @@ class Endpoints:
         return partial(detect_answer, metadata, score_threshold=threshold, classes=classes), picture
 
 
+async def _all(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """What each makes, side by side; when one fails the others end, since nobody will see what they make."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except Exception:
+        for task in tasks:
+            task.cancel()
+        raise
+
+
 def _classes(query: Mapping[str, str], metadata: Artifact) -> tuple[int, ...] | None:
     with refused():
         return class_indices(query["classes"], metadata) if "classes" in query else None
 
 
-def draw(image: bytes, answer: DetectAnswer, kind: str) -> Response:
-    """The upright image with its detections, the best on top."""
+def draw(image: bytes, answer: DetectAnswer, kind: str, artifact: Artifact) -> Response:
+    """The upright image with its detections, the best on top, each in its class's colour.
+
+    Raises:
+        ImageError: JPEG holds no picture that long.
+    """
+    assert isinstance(artifact, DetectorArtifact)
     picture, found = decode(image), answer["detections"][::-1]
+    if kind == "jpeg" and max(picture.size) > LONGEST_JPEG:
+        raise ImageError(f"a side of {max(picture.size)} pixels is more than JPEG holds: ask for annotate=png")
     texts = [f"{box['label']} {box['score']:.2f}" for box in found]
-    colors = [COLORS[box["category_id"] % len(COLORS)] for box in found]
+    colors = [COLORS[artifact.category_ids.index(box["category_id"]) % len(COLORS)] for box in found]
     draw_boxes(picture, [box["box"] for box in found], texts, colors)
     buffer = io.BytesIO()
     picture.save(buffer, kind)

@@ -74,7 +74,7 @@ class Front:
             return {"ready": True}
         if path == "/v2/repository/index":
             allow(request, "POST")
-            body = await read_whole_body(request, MOST_INDEX_BYTES)
+            body = await read_whole_body(request, MOST_INDEX_BYTES, 'only {"ready": true} has a meaning here')
             with refused():
                 asked = parse_index(body)
             return await self._index(asked.ready)
@@ -99,7 +99,8 @@ class Front:
 
     async def RepositoryIndex(self, request: bytes, grpc_context: Any) -> Any:
         async def models() -> dict[str, Any]:
-            asked = oip_grpc.MESSAGES["RepositoryIndexRequest"].FromString(request)
+            with refused():
+                asked = oip_grpc.read("RepositoryIndexRequest", request)
             rows = await self._index(asked.ready)
             return {"models": [{k: v for k, v in model.items() if k != "task"} for model in rows]}
 

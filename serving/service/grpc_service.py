@@ -67,7 +67,7 @@ def add_to_server(_: object, server: Any) -> None:
 
 
 class _Handlers(grpc.GenericRpcHandler):
-    """Requests are passed on as bytes: the replica reads them, and off its event loop."""
+    """Requests are passed on as bytes, which the replica reads."""
 
     def __init__(self, gate: keys.Gate | None):
         self._gate = gate

@@ -56,6 +56,11 @@ def check_unchanged(old: ServingConfig, new: ServingConfig) -> None:
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
             raise InputError(f"{name} is {now} and was {was}: it changes with a restart alone")
+    if new.grpc_port is not None and new.max_body_bytes > old.max_body_bytes:
+        raise InputError(
+            f"max_body_bytes is {new.max_body_bytes} and was {old.max_body_bytes}: with grpc_port it rises with a "
+            "restart alone"
+        )
     if new.request_timeout_s > old.request_timeout_s:
         raise InputError(
             f"a timeout_s of {new.request_timeout_s - 1:g} is above the largest that the service began with, "

@@ -1,7 +1,8 @@
 """OpenTelemetry traces of a replica's requests, where the environment asks for them; no Ray, no torch here.
 
-A span a request continues the client's trace, and has a child for each stage of each image. The OTEL_* variables of the
-OpenTelemetry specification say where spans go, under which name, and how many. OpenTelemetry is imported if they do.
+A span an HTTP request continues the client's trace, and has a child for each stage of each image. The OTEL_* variables
+of the OpenTelemetry specification say where spans go, under which name, and how many. OpenTelemetry is imported if they
+do.
 """
 
 import os
