@@ -74,8 +74,8 @@ def randaugment(magnitude: int) -> Any:
 
     At the share m = magnitude / 10: rotation by up to 30° m; shear in x or y by up to atan(0.3 m); shift in x or y
     by up to 0.45 m of the side; brightness, contrast and saturation changed by a factor of 1 ± 0.9 m; an unsharp
-    mask of 3 pixels by up to 0.9 m; posterise to 8 - 4 m bits, rounded down; solarise above 1 - m of the range;
-    auto-contrast, equalise and invert at any magnitude.
+    mask of 3 pixels by up to 0.9 m; posterise to 4 - 4 m bits, rounded up, but one at least; solarise above 1 - m of
+    the range; auto-contrast, equalise and invert at any magnitude.
 
     After Cubuk et al., "RandAugment", arXiv 1909.13719, in the strengths of timm's `rand-mM-inc1`. It differs from
     timm's in that a strength is uniform up to its limit rather than normal around the magnitude (`mstd`), that
@@ -89,7 +89,7 @@ def randaugment(magnitude: int) -> Any:
     def affine(**settings: Any) -> Any:
         return albumentations.Affine(fill=GRAY, p=0.5, **settings)
 
-    return albumentations.SomeOf(
+    return albumentations.RandomOrder(  # SomeOf would have geometry before colour
         [
             affine(rotate=(-30 * share, 30 * share)),
             affine(shear={"x": (-shear, shear), "y": (0, 0)}),
@@ -101,7 +101,7 @@ def randaugment(magnitude: int) -> Any:
             albumentations.ColorJitter(brightness=same, contrast=same, saturation=factor, hue=(0, 0), p=0.5),
             # not its Sharpen, whose "gaussian" method wraps round below 0
             albumentations.UnsharpMask(blur_limit=(3, 3), alpha=(0, 0.9 * share), threshold=0, p=0.5),
-            albumentations.Posterize(num_bits=math.floor(8 - 4 * share), p=0.5),
+            albumentations.Posterize(num_bits=max(1, 4 - math.floor(4 * share)), p=0.5),
             albumentations.Solarize(threshold_range=(1 - share, 1 - share), p=0.5),
             albumentations.AutoContrast(p=0.5),
             albumentations.Equalize(p=0.5),

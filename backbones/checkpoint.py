@@ -1,7 +1,6 @@
 """A training run's device, seeds and folder, from which it resumes exactly; both packages' training uses it."""
 
 import itertools
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -111,20 +110,25 @@ class Run:
     def finish_epoch(self, entry: dict[str, float]) -> None:
         """Keep an epoch: its figures, all that the next one depends on, and the weights, also as the best if they are.
 
-        `last.pt` comes last: until it is there, the epoch is not finished, and a resumed run repeats it.
+        Until `last.pt` is there, the epoch is not finished, and a resumed run repeats it. The best weights follow it:
+        repeated on CUDA, an epoch ends with others, and those of its first time would be in no history.
         """
-        best = max((earlier[self.metric] for earlier in self.history), default=-math.inf)
         self.history.append({"epoch": len(self.history) + 1, **entry})
         if not is_main():
             return
-        for name in ("last", "best") if entry[self.metric] > best else ("last",):
-            save_weights(self.output / f"{name}.safetensors", self.weights, self.metadata)
+        save_weights(self.output / "last.safetensors", self.weights, self.metadata)
         write_json(self.output / "history.json", self.history)
         names = list(self.history[0])
         write_csv(self.output / "history.csv", names, ([row[name] for name in names] for row in self.history))
         state = {name: part.state_dict() for name, part in self.parts.items()}
         with write_aside(self.output / "last.pt") as aside:
             torch.save(state | {"history": self.history, "settings": self.settings}, aside)
+        self._save_best()
+
+    def _save_best(self) -> None:
+        """If the last epoch is the first to be so good."""
+        if max(self.history, key=lambda entry: entry[self.metric]) is self.history[-1]:
+            save_weights(self.output / "best.safetensors", self.weights, self.metadata)
 
     def result(self) -> dict[str, Any]:
         """The best epoch's figures, the history, and where the best weights are."""
@@ -149,6 +153,8 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.history = state["history"]
+        if is_main():
+            self._save_best()  # whoever killed the run may have been faster
 
 
 def _clear(output: Path, resume: bool) -> None:
@@ -156,15 +162,15 @@ def _clear(output: Path, resume: bool) -> None:
     check_writable(output)
     for name in FILES:
         remove_leftovers(output / name)
-    if resume or not (output / "last.pt").exists():
+    diverged = sorted(path.name for path in output.glob("diverged*"))
+    there = [name for name in ("tensorboard", *diverged, *FILES) if (output / name).exists()]
+    if resume or not there:
         return
     numbers = itertools.count(1)
     place = next(place for place in (output / f"previous-{number}" for number in numbers) if not place.exists())
     place.mkdir()
-    diverged = sorted(path.name for path in output.glob("diverged*"))
-    for name in ("tensorboard", *diverged, *FILES):  # last.pt, by which a run is known, is the last
-        if (output / name).exists():
-            (output / name).rename(place / name)
+    for name in there:  # last.pt, by which a run is known, is the last
+        (output / name).rename(place / name)
     print(f"{output} held another run without resume=true: its files are now in {place}", flush=True)
 
 

@@ -16,7 +16,7 @@ from backbones.schema import Device, OptimizerName, Section, Seed
 
 
 class ImageData(Section):
-    """Where the images and their classes are; `imagenet.py` says how each layout is recognised."""
+    """Where the images and their classes are; `layouts.py` says how each layout is recognised."""
 
     root: str | None = None
     train_split: str = "train"

@@ -171,6 +171,23 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def upright_size(path: Path) -> tuple[tuple[int, int], int]:
+    """Height and width of an image file as `decode` turns it, from its header alone, and its EXIF orientation, 1 to 8.
+
+    Raises:
+        ImageError: no image.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            # a PNG's EXIF block may follow its pixels, and Pillow would decode them to look for it
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            orientation = exif.get(ExifTags.Base.Orientation, 1)
+            on_its_side = orientation in (5, 6, 7, 8)
+            return (image.width, image.height) if on_its_side else (image.height, image.width), orientation
+    except Exception as error:  # decoders raise anything on a broken file
+        raise ImageError(f"{path} cannot be read ({error}): it is no whole image") from None
+
+
 def _is_deep(image: ImageFile) -> bool:
     """Whether an integer image has 16 bits a sample, of which the upper eight are kept.
 

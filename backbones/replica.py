@@ -49,7 +49,9 @@ def average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def average_statistics(*models: nn.Module | None) -> None:
-    """Make BatchNorm's running statistics the processes' mean, since all evaluate: after a step each has its own."""
+    """Make BatchNorm's running statistics the processes' mean, since all evaluate: after a step each has its own, made
+    of its last batch and of the main process's before, which DistributedDataParallel hands to all at each step.
+    """
     if world_size() == 1:
         return
     for model in filter(None, models):

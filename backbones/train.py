@@ -16,10 +16,11 @@ from backbones.board import tensorboard, write_epoch
 from backbones.checkpoint import Run, find_checkpoint, pick_device, seed_everything
 from backbones.config import ClassifierConfig
 from backbones.cspnet import CSPNet, create_model, get_variant
-from backbones.distributed import is_main, process_group, rank, world_size
+from backbones.distributed import is_main, on_main, process_group, rank, world_size
 from backbones.engine import evaluate, train_one_epoch
 from backbones.errors import InputError
 from backbones.evaluate import find_weights
+from backbones.files import check_writable
 from backbones.imagenet import ImageNet, create_loader
 from backbones.mix import Mix
 from backbones.optim import create_optimizer
@@ -46,6 +47,7 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
 
 def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
     train = config.train
+    on_main(check_writable, config.output)
     augment = _augment(config)
     weights = _weights(config)
     training_set, held_out, classes = _data(config, augment, weights)
@@ -87,7 +89,8 @@ def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
             )  # fmt: skip
             speed = figures["images"] / figures.pop("seconds")
             figures["skipped"] = len(order) * world_size() - int(figures.pop("images"))
-            run.finish_epoch(figures | {"lr": lrs[-1], "top1": result["top1"], "top5": result["top5"]})
+            measured = {"top1": result["top1"], "top5": result["top5"], "val_skipped": result["skipped"]}
+            run.finish_epoch(figures | {"lr": lrs[-1]} | measured)
             if is_main():
                 _report(run.history[-1], train.epochs, speed)
                 write_epoch(log, run.history[-1] | {"images_per_second": speed})
@@ -152,6 +155,7 @@ def _model(config: ClassifierConfig, weights: Path | None, device: torch.device)
 
 def _report(entry: dict[str, float], epochs: int, speed: float) -> None:
     skipped = f", {entry['skipped']:.0f} broken images skipped" if entry["skipped"] else ""
+    skipped += f", {entry['val_skipped']:.0f} held-out ones, which top-1 is without" if entry["val_skipped"] else ""
     print(
         f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.3f}, top-1 {100 * entry['top1']:.2f}, "
         f"top-5 {100 * entry['top5']:.2f}, {speed:.0f} images/s{skipped}",

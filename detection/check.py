@@ -11,10 +11,9 @@ from typing import Any
 
 from backbones.errors import InputError
 from backbones.files import read_json
-from backbones.preprocess import decode
+from backbones.preprocess import decode, upright_size
 from detection.check_objects import check_annotation
 from detection.findings import Entry, Finding, Found, Known, each, hashable, integer, pixels, short
-from detection.images import upright_size
 
 
 def check_data(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from backbones.errors import InputError
 from backbones.files import read_json
+from backbones.preprocess import upright_size
 from detection.findings import box_of, hashable, integer, is_number, pixels, short
 from detection.masks import Segmentation, is_usable
 
@@ -28,7 +29,7 @@ class Record:
 
     image_id: int
     path: Path
-    size: tuple[int, int] | None  # height, width, if the file says them
+    size: tuple[int, int] | None  # height, width; of an image without objects None, if the file does not say them
     boxes: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     segmentations: tuple[Segmentation | None, ...] | None = None  # K, if they were asked for; None where unusable
@@ -78,7 +79,8 @@ def read_coco(
         sized: if there are masks, the images need height and width, as the masks' evaluation does.
 
     Raises:
-        InputError: a missing folder, file or image, no COCO annotations, none with a mask, or no sizes.
+        InputError: a missing folder, file or image, no COCO annotations, none with a mask, or no sizes; an image with
+            objects that has no size here either.
     """
     if images is None or annotations is None:
         raise InputError(f"{what}images and {what}annotations are not both set: give the folder and the JSON file")
@@ -100,7 +102,10 @@ def read_coco(
         if not path.is_file():
             raise InputError(f"{annotations} lists {image['file_name']}, which is not in {images}")
         size = (image["height"], image["width"]) if image.get("height") and image.get("width") else None
-        boxes, kept = _clean(of_image.pop(image["id"]), size, dataset.cleaned)
+        objects = of_image.pop(image["id"])
+        if objects and size is None:
+            size = upright_size(path)[0]
+        boxes, kept = _clean(objects, size, dataset.cleaned)
         labels = np.array([label_of[annotation["category_id"]] for annotation in kept], np.int64)
         segmentations = _segmentations(kept, size, dataset.cleaned) if masks else None
         dataset.records.append(Record(image["id"], path, size, boxes, labels, segmentations))

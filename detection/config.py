@@ -1,6 +1,6 @@
 """The config of a detector's run; no torch here."""
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
@@ -41,7 +41,7 @@ class DetectorTraining(Recipe):
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     random_crop: float = Field(default=0.0, ge=0, le=1)  # probability; a crop keeps every box
     scale_jitter: tuple[float, float] | None = None  # of the fitted size, then cropped to it: large-scale jitter
-    min_sizes: tuple[int, ...] = ()  # multi-scale: the short side is one of these; empty is preprocess.min_size alone
+    min_sizes: tuple[Annotated[int, Field(ge=1)], ...] = ()  # of the short side, one at random; empty is preprocess's
     mosaic: float = Field(default=0.0, ge=0, le=1)  # probability of four images in one
 
     @field_validator("scale_jitter")

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from backbones.errors import InputError
-from backbones.files import write_aside, write_csv, write_json
+from backbones.files import check_writable, write_aside, write_csv, write_json
 from backbones.preprocess import decode
 from detection.check import check_data
 from detection.drawing import draw_boxes
@@ -34,6 +34,9 @@ def run_check(
     Raises:
         InputError: no such file or folder.
     """
+    for folder in (output, None if summary is None else Path(summary).parent):
+        if folder is not None:
+            check_writable(folder)
     findings, content = check_data(annotations, images, whole=whole)
     levels = Counter(finding.level for finding in findings)
     kinds = Counter((finding.level, finding.kind) for finding in findings)

@@ -43,7 +43,7 @@ def run_eval(config: DetectorConfig, device: torch.device | None = None) -> dict
     """
     canonical_name(config.model)  # a misspelt name is said before the data is read
     on_main(check_writable, config.output)
-    on_main(fetch_weights, config)
+    on_main(fetch_weights, config, config.weights is None)
     dataset = read_coco(config.data.images, config.data.annotations, "data.", sized=has_masks(config.model))
     if is_main():
         print(f"{len(dataset.records)} images, {len(dataset.classes)} classes", flush=True)
@@ -77,6 +77,7 @@ def run_eval(config: DetectorConfig, device: torch.device | None = None) -> dict
     def finish() -> dict[str, Any] | None:
         if not is_main():
             return None
+        (Path(config.output) / "eval.json").unlink(missing_ok=True)  # which is of other detections
         with write_aside(Path(config.output) / "detections.json") as aside:
             aside.write_text(json.dumps(results))  # without indentation, ten times as fast
         assert config.data.annotations is not None
@@ -160,7 +161,8 @@ def _model(config: DetectorConfig, dataset: CocoSet) -> tuple[Detector, dict[str
 
 def published_figures(config: DetectorConfig, metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """What torchvision published of the same weights, as fractions, on all of COCO val2017; `same_settings` says
-    whether the config has its preprocessing and thresholds.
+    whether the config has its sizes and thresholds. Pixels differ all the same: torchvision resizes tensors, without
+    antialiasing where they shrink and with sides rounded down, and here Pillow resizes pictures.
     """
     if "published" not in metadata:
         return None

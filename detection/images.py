@@ -1,18 +1,17 @@
 """The images of a COCO-format data set, with boxes for training or as the artefacts see them for evaluation."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from backbones.errors import InputError
-from backbones.preprocess import FORMATS, DetectorPreprocess, Fitted, ImageError, decode, detector_pixels
+from backbones.preprocess import DetectorPreprocess, Fitted, decode, detector_pixels, upright_size
 from detection.augment import DetectionAugment, Sample
 from detection.coco import CocoSet, Record
 from detection.masks import decode as decode_mask
@@ -58,10 +57,7 @@ def _masks(record: Record, h: int, w: int) -> npt.NDArray[np.uint8]:
     masks = np.zeros((len(record.labels), h, w), np.uint8)
     for mask, box, segmentation in zip(masks, record.boxes, record.segmentations or (), strict=True):
         if segmentation is not None:
-            try:
-                mask[:] = decode_mask(segmentation, h, w)
-            except InputError as error:
-                raise InputError(f"{record.path}: {error}; `python -m detection check-data` names it") from None
+            mask[:] = decode_mask(segmentation, h, w)
         if not mask.any():
             (left, top), (right, bottom) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
             mask[top:bottom, left:right] = 1
@@ -100,23 +96,6 @@ def aspect_ratios(dataset: CocoSet) -> list[float]:
     """
     sizes = (record.size or upright_size(record.path)[0] for record in dataset.records)
     return [width / height for height, width in sizes]
-
-
-def upright_size(path: Path) -> tuple[tuple[int, int], int]:
-    """Height and width of an image file as `decode` turns it, from its header alone, and its EXIF orientation, 1 to 8.
-
-    Raises:
-        ImageError: no image.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            # a PNG's EXIF block may follow its pixels, and Pillow would decode them to look for it
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
-            orientation = exif.get(ExifTags.Base.Orientation, 1)
-            on_its_side = orientation in (5, 6, 7, 8)
-            return (image.width, image.height) if on_its_side else (image.height, image.width), orientation
-    except Exception as error:  # decoders raise anything on a broken file
-        raise ImageError(f"{path} cannot be read ({error}): it is no whole image") from None
 
 
 def to_image(pixels: Tensor) -> Tensor:

@@ -25,6 +25,6 @@ def summary(result: Mapping[str, Any]) -> str:
     known = result.get("published")
     if known:
         masks = f", of masks {known['mask_AP']:.3f}" if "mask_AP" in known else ""
-        settings = "" if known["same_settings"] else ", with other settings than these"
-        parts.append(f"published by {known['by']}: AP {known['AP']:.3f}{masks} on {known['images']} images{settings}")
+        how = "resized as tensors" + ("" if known["same_settings"] else ", with other settings than these")
+        parts.append(f"published by {known['by']}: AP {known['AP']:.3f}{masks} on {known['images']} images, {how}")
     return "; ".join(parts)

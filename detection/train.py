@@ -18,7 +18,7 @@ from backbones.board import tensorboard, write_epoch
 from backbones.checkpoint import Run, find_checkpoint, pick_device, seed_everything
 from backbones.distributed import everywhere, is_main, on_main, process_group, rank, together, world_size
 from backbones.errors import InputError
-from backbones.files import sha256
+from backbones.files import check_writable, sha256
 from backbones.optim import create_optimizer
 from backbones.replica import average, average_statistics, replicate
 from detection.augment import DetectionAugment
@@ -103,6 +103,7 @@ def _train(config: DetectorConfig, device: torch.device) -> dict[str, Any]:
 
 def _check(config: DetectorConfig, device: torch.device) -> None:
     """Say mistakes that cost nothing to find before the data is read, which may take minutes; fetch the weights."""
+    on_main(check_writable, config.output)
     spec = spec_of(config, num_classes=2)
     if spec.norm == "sync" and device.type == "cpu":
         raise InputError("norm=sync works on GPUs alone: give norm=batch or norm=group, or device=cuda")
@@ -111,7 +112,7 @@ def _check(config: DetectorConfig, device: torch.device) -> None:
     if config.resume:
         find_checkpoint(config)
     else:
-        on_main(fetch_weights, config)
+        on_main(fetch_weights, config, True)
 
 
 def _data(config: DetectorConfig) -> tuple[CocoSet, CocoSet]:

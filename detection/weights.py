@@ -177,8 +177,11 @@ def _from_torchvision(
     return reader.state_dict(), metadata
 
 
-def fetch_weights(config: DetectorConfig) -> None:
+def fetch_weights(config: DetectorConfig, backbone: bool) -> None:
     """Download the weights that the config names, if need be: in one process, before several look for them.
+
+    Args:
+        backbone: the backbone's own, too.
 
     Raises:
         InputError: there are none, or no way to them.
@@ -188,7 +191,9 @@ def fetch_weights(config: DetectorConfig) -> None:
         published.fetch(str(name))
     elif config.weights is not None:
         resolve(config.weights)
-    elif config.weights_backbone is not None and name.backbone == RESNET50:
+    if config.weights_backbone is None or not backbone:
+        return
+    if name.backbone == RESNET50:
         published.resnet50_weights(config.weights_backbone)
-    elif config.weights_backbone is not None:
+    else:
         resolve(config.weights_backbone, name.backbone)

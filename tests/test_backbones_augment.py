@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.auto_augment import LEVEL_TO_ARG
 
 from backbones.augment import TrainAugment, randaugment
 from backbones.imagenet import ImageNet, create_loader
@@ -78,6 +79,19 @@ def test_randaugment_grows_with_its_magnitude(pixels):
     assert len(randaugment(5).transforms) == 14
     for operation in graded:
         assert change(1, operation) < change(5, operation) < change(10, operation)
+
+
+def test_randaugments_operations_come_in_any_order(pixels):
+    """And posterise leaves as many bits as timm's."""
+    transform = randaugment(9)
+    transform.set_random_seed(0)
+    pairs = [transform._get_idx() for _ in range(100)]
+    assert 20 < sum(first > second for first, second in pairs) < 80
+    bits = [
+        next(t for t in randaugment(m).transforms if type(t).__name__ == "Posterize").num_bits for m in (1, 5, 9, 10)
+    ]
+    arguments = [LEVEL_TO_ARG["PosterizeIncreasing"](m, {})[0] for m in (1, 5, 9, 10)]
+    assert bits == [(max(1, argument),) * 2 for argument in arguments]
 
 
 def test_random_erasing_erases_as_often_as_it_is_told(pixels):

@@ -17,6 +17,7 @@ from backbones.engine import normalize, train_one_epoch
 from backbones.errors import InputError
 from backbones.evaluate import run_eval
 from backbones.files import sha256
+from backbones.plan import Plan
 from backbones.preprocess import ClassifierPreprocess
 from backbones.replica import average
 from backbones.train import run_train
@@ -63,6 +64,23 @@ def test_interrupted_training_ends_like_an_undisturbed_one(shapes, tmp_path):
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
+def test_the_best_weights_are_those_of_the_history(shapes, tmp_path, monkeypatch):
+    """Killed after an epoch was finished and before its weights were kept as the best."""
+    best = Run._save_best
+
+    def killed(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_save_best", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(config(shapes, tmp_path, "train.epochs=1"))
+    assert not (tmp_path / "best.safetensors").exists()
+    monkeypatch.setattr(Run, "_save_best", best)
+    result = run_train(config(shapes, tmp_path, "train.epochs=1", "resume=true"))
+    assert len(result["history"]) == 1
+    assert sha256(tmp_path / "best.safetensors") == sha256(tmp_path / "last.safetensors")
+
+
 @pytest.mark.slow
 def test_killed_training_ends_like_an_undisturbed_one(shapes, tmp_path):
     everything = [
@@ -95,16 +113,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path):
     assert not (tmp_path / "best.safetensors").exists()
 
 
-def test_a_diverging_run_keeps_its_last_checkpoint(shapes, tmp_path):
-    run_train(config(shapes, tmp_path, "train.epochs=1"))
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="lower train.lr"):
-        patch.setattr("backbones.plan.Plan.lrs", lambda self, epoch: [1e30] * self.steps)
-        state["settings"]["train.epochs"] = 2
-        torch.save(state, tmp_path / "last.pt")
-        before = hashes(tmp_path), sha256(tmp_path / "last.pt")
-        run_train(config(shapes, tmp_path, "train.epochs=2", "resume=true"))
-    assert (hashes(tmp_path), sha256(tmp_path / "last.pt")) == before
+def test_a_diverging_run_keeps_its_last_checkpoint(shapes, tmp_path, monkeypatch):
+    lrs, before = Plan.lrs, []
+
+    def wild_from_2(plan: Plan, epoch: int) -> list[float]:
+        if epoch < 1:
+            return lrs(plan, epoch)
+        before.append((hashes(tmp_path), sha256(tmp_path / "last.pt")))
+        return [1e30] * plan.steps
+
+    monkeypatch.setattr(Plan, "lrs", wild_from_2)
+    for resume in ("false", "true"):
+        with pytest.raises(InputError, match="lower train.lr"):
+            run_train(config(shapes, tmp_path, "train.epochs=2", f"resume={resume}"))
+        assert (hashes(tmp_path), sha256(tmp_path / "last.pt")) == before[0]
 
 
 def test_another_runs_checkpoint_is_refused(shapes, tmp_path):
@@ -225,15 +247,17 @@ def test_logs_of_a_run(shapes, tmp_path):
     assert "epoch" not in events.Tags()["scalars"]
 
 
-def test_broken_images_stop_training_or_are_counted(shapes, tmp_path):
+def test_broken_images_stop_training_or_are_counted(shapes, tmp_path, capsys):
     root = tmp_path / "data"
     shutil.copytree(shapes, root)
     broken = next((root / "train").rglob("*.png"))
     broken.write_bytes(b"junk")
     with pytest.raises(InputError, match=broken.name):
         run_train(config(root, tmp_path / "stop", "train.epochs=1", "data.workers=1"))
+    next((root / "val").rglob("*.png")).write_bytes(b"junk")
     result = run_train(config(root, tmp_path / "skip", "train.epochs=1", "data.on_error=skip"))
-    assert result["best"]["skipped"] == 1
+    assert (result["best"]["skipped"], result["best"]["val_skipped"]) == (1, 1)
+    assert "1 broken images skipped, 1 held-out ones, which top-1 is without" in capsys.readouterr().out
 
 
 def test_one_process_of_one_is_alone(monkeypatch):

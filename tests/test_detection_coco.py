@@ -67,11 +67,27 @@ def test_masks_are_kept_where_they_are_usable(tmp_path):
         read_coco(*write(tmp_path / "d", [box(1, 2, 3, 4)]), masks=True)
 
 
+def test_a_mask_of_another_size_than_its_images_is_not_usable(tmp_path):
+    """Though the file says no size."""
+    turned, whole = ({"size": size, "counts": [10800]} for size in ([120, 90], [90, 120]))
+    annotations = [box(12, 9, 24, 18, segmentation=runs) for runs in (turned, whole)]
+    dataset = read_coco(*write(tmp_path / "d", annotations, [{"id": 1, "file_name": "a.png"}]), masks=True)
+    assert dataset.records[0].segmentations == (None, whole)
+    assert dataset.cleaned["without_mask"] == 1
+
+
 def test_objects_are_numbered_for_pycocotools_and_keep_their_segmentations(tmp_path):
     annotations = [box(1, 2, 3, 4, id=0, segmentation=[SQUARE]), box(1, 2, 3, 4, id=0)]
     raw = load_annotations(write(tmp_path / "d", annotations)[1])
     assert [annotation["id"] for annotation in raw["annotations"]] == [1, 2]
     assert raw["annotations"][0] | {"id": 0} == annotations[0] | {"area": 12, "iscrowd": 0}
+
+
+def test_boxes_are_clipped_to_an_image_whose_size_the_file_does_not_say(tmp_path):
+    images = [{"id": 1, "file_name": "a.png"}]
+    dataset = read_coco(*write(tmp_path / "d", [box(100, 80, 50, 50), box(130, 0, 20, 20)], images))
+    assert dataset.records[0].boxes.tolist() == [[100, 80, 120, 90]]
+    assert (dataset.cleaned["clipped"], dataset.cleaned["dropped"]) == (1, 1)
 
 
 def test_null_is_as_left_out(tmp_path):

@@ -6,10 +6,10 @@ from shared_data import real
 from test_detection_coco import box, write
 
 from backbones.errors import InputError
-from backbones.preprocess import DetectorPreprocess, ImageError, decode, detector_pixels
+from backbones.preprocess import DetectorPreprocess, ImageError, decode, detector_pixels, upright_size
 from detection.augment import DetectionAugment
 from detection.coco import read_coco
-from detection.images import EvaluationImages, TrainingImages, aspect_ratios, create_loader, to_image, upright_size
+from detection.images import EvaluationImages, TrainingImages, aspect_ratios, create_loader, to_image
 
 SPEC = DetectorPreprocess(min_size=60, max_size=80, divisor=32)
 PLAIN = DetectionAugment(seed=0)
@@ -56,14 +56,6 @@ def test_an_object_without_a_mask_has_its_box_for_one(tmp_path):
     assert torch.equal(target["masks"][2], rectangle)
     assert target["masks"][0].sum() == pytest.approx(rectangle.sum().item() / 2, abs=12)
     assert empty["masks"].shape == (0, 60, 80)
-
-
-def test_a_broken_mask_names_its_image(tmp_path):
-    runs = {"size": [120, 90], "counts": [10800]}  # of a picture on its side
-    images = [{"id": 1, "file_name": "a.png"}]
-    dataset = read_coco(*write(tmp_path / "d", [box(12, 9, 24, 18, segmentation=runs)], images), masks=True)
-    with pytest.raises(InputError, match="a.png: .* not of 120x90 pixels.*check-data"):
-        TrainingImages(dataset, SPEC, PLAIN, masks=True)[0]
 
 
 def test_a_size_that_contradicts_the_annotations_is_an_error(tmp_path):

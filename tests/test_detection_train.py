@@ -14,6 +14,7 @@ from backbones.config import load_config
 from backbones.cspnet import create_model
 from backbones.errors import InputError
 from backbones.files import sha256
+from backbones.plan import Plan
 from backbones.replica import average
 from backbones.weights import read_weights, save_weights
 from detection.augment import DetectionAugment
@@ -185,20 +186,23 @@ def test_training_starts_from_a_whole_detector(shapes, tmp_path, capsys):
 
 
 def test_a_diverging_run_keeps_its_batch_for_inspection(shapes, tmp_path):
-    run_train(config(shapes, tmp_path, "train.epochs=1"))
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
-    state["settings"]["train.epochs"] = 3
-    torch.save(state, tmp_path / "last.pt")
-    before = hashes(tmp_path)
+    lrs, before = Plan.lrs, []
+
+    def wild_from_2(plan: Plan, epoch: int) -> list[float]:
+        if epoch < 1:
+            return lrs(plan, epoch)
+        before.append(hashes(tmp_path))
+        return [1e30] * plan.steps
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError) as stop:
-        patch.setattr("backbones.plan.Plan.lrs", lambda self, epoch: [1e30] * self.steps)
-        run_train(config(shapes, tmp_path, "train.epochs=3", "resume=true"))
+        patch.setattr(Plan, "lrs", wild_from_2)
+        run_train(config(shapes, tmp_path, "train.epochs=3"))
     message = str(stop.value)
     assert "\n" not in message
     assert "epoch 2/3: the loss is nan at step 1 (" in message
     assert f"its batch is in {tmp_path / 'diverged'}; lower train.lr" in message
     assert f"weights={tmp_path / 'last.safetensors'}" in message
-    assert hashes(tmp_path) == before
+    assert hashes(tmp_path) == before[0]
 
     kept = json.loads((tmp_path / "diverged" / "batch.json").read_text())
     assert (kept["epoch"], kept["batch"], kept["lr"]) == (2, 1, 1e30)
@@ -224,7 +228,8 @@ def test_a_learning_rate_that_diverges_for_real(shapes, tmp_path):
     for _ in range(2):  # the second finds the folder of the first
         with pytest.raises(InputError, match=r"the loss is (nan|inf) at step 1 \(.*and start again$"):
             run_train(config(shapes, tmp_path, *wild))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["diverged", "tensorboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diverged", "previous-1", "tensorboard"]
+    assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == ["diverged", "tensorboard"]
 
 
 def test_mistakes_are_a_line_each(shapes, tmp_path):
@@ -246,9 +251,15 @@ def test_mistakes_are_a_line_each(shapes, tmp_path):
 
 def test_cheap_mistakes_are_said_before_the_data_is_read(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr("detection.train.read_coco", lambda *args, **settings: pytest.fail("was read"))
-    for bad in ("norm=frozen", "frozen_stages=c2", "norm=sync", "levels=[c5,c3]", "weights=/nowhere", "resume=true"):
+    (tmp_path / "w.safetensors").touch()
+    for bad in (
+        "norm=frozen", "frozen_stages=c2", "norm=sync", "levels=[c5,c3]", "weights=/nowhere", "resume=true",
+        f"output={tmp_path / 'w.safetensors' / 'below'}",
+    ):  # fmt: skip
         with pytest.raises(InputError):
             run_train(config(shapes, tmp_path, bad))
+    with pytest.raises(InputError, match="no weights at /nowhere"):  # of the backbone, below a detector's own
+        run_train(config(shapes, tmp_path, f"weights={tmp_path / 'w.safetensors'}", "weights_backbone=/nowhere"))
 
 
 def test_training_and_held_out_categories_are_the_same(shapes, tmp_path):
