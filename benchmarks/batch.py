@@ -1,39 +1,41 @@
 """The batch job beside onnxruntime loops without Ray over the same files.
 
-    python -m benchmarks.batch [--models cspresnet50 …] [--images 512] [--rounds 3] [--actors 1 2] [--json FILE]
+    python -m benchmarks.batch [--models cspresnet50 …] [--images 512] [--rounds 3] [--seconds 8] [--actors 1 2]
+        [--json FILE]
 
-Side by side in one run: in every round the loop and the job have their turns on the same JPEG files, and the ratios
-are medians over the rounds. The loop is one process with an onnxruntime session of its own and no Ray: threads, one or
-one a core, decode the next batches of 1 or 8 while one runs; or a thread a core does all of an image in a session of
-one thread. The job is held against the best of these, and against the best of PyTorch's DataLoader, whose workers
-decode for a session on all cores in batches of 8. Speeds of the peers are of the images after the first batch, the
-job's of all images, from the begin of the first to the end of the last: what comes before, the start of Ray and of the
-actors, or of the workers, does not grow with the images, and is stated in seconds. Two actors have half of the cores
-each.
+Side by side in one run: in every round the loops and the job have their turns on the same JPEG files, each first in
+turn, and the ratios are medians over the rounds. The loops are one process without Ray, which each job starts and ends:
+one image after the other; threads that decode ahead of batches of 1 or 8; or a thread a core that does all of an image
+in a session of one thread. The job is held against the best of these, and against the best of PyTorch's DataLoader,
+whose workers decode for a session on all cores in batches of 8. All sessions have the job's settings. A loop has
+`--seconds`; the DataLoader's speed is of the images after the first batch, the job's of all images, from the begin of
+the first to the end of the last: what comes before, the start of Ray and of the actors, or of the workers, does not
+grow with the images, and is stated in seconds. Two actors have half of the cores each.
 
 The stages are measured on the way: what one core needs to read, decode and resize an image, to run it, and to write its
 row; on a GPU, what that needs to run it. docs/batch.md computes from these what a cluster does.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from backbones.cli import at_least
 from backbones.errors import exit_on_input_error
 from backbones.files import list_images, versions, write_json
+from benchmarks import bare
 from benchmarks.contest import table
 from benchmarks.export import random_classifier, random_detector
 from detection.names import is_detector
@@ -46,24 +48,24 @@ from serving.jobs.parts import Output
 from serving.jobs.results import to_table
 from serving.jobs.worker import predict_files
 from serving.predictor import create_predictor, prepare
-from serving.ray_start import start_ray
 from serving.runtime import OnnxModel, Provider, usable_cores
-from serving.sessions.providers import ON_GPU, ort_providers
+from serving.sessions.providers import ON_GPU
 from serving.shapes import background
 
 MODELS = ("cspresnet50", "fcos_cspresnet50_fpn")
 SIZE = (500, 375)  # of the drawn files, pixels: ImageNet's mean
 BATCH = 8
-WORKERS = tuple(sorted({1, usable_cores()}))  # that decode, of the loops and of the DataLoader
-LOOPS = [(batch, decoders) for batch in (1, BATCH) for decoders in WORKERS]  # on all cores
+WORKERS = tuple(sorted({1, usable_cores()}))  # of the DataLoader
 PEERS = ("loop", "DataLoader")  # how their names begin
+SETTLE_S = 3  # until Ray's processes are gone
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--images", type=at_least(64), default=512, help="of a turn")
+    parser.add_argument("--images", type=at_least(64), default=512, help="of a job")
     parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--seconds", type=at_least(1), default=8, help="of a loop's turn")
     parser.add_argument("--actors", nargs="+", type=at_least(1), default=(1, 2))
     parser.add_argument("--decode", nargs="+", choices=("actors", "tasks"), default=("actors",))
     parser.add_argument("--provider", choices=("cpu", *ON_GPU), default="cpu")
@@ -76,9 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         draw(root / "images", args.images)
-        start = time.perf_counter()
-        start_ray()
-        result["ray_start_s"] = time.perf_counter() - start
         for name in args.models:
             result["models"][name] = race(name, root, args)
             print(json.dumps({name: result["models"][name]}, indent=1), flush=True)
@@ -104,25 +103,24 @@ def race(name: str, root: Path, args: argparse.Namespace) -> dict[str, Any]:
     run_export(str(root / "w.safetensors"), artifact)
     paths = list_images(root / "images")
     said = read_whole(artifact).artifact
-    jobs = [(decode, actors) for decode in args.decode for actors in args.actors]
-    speeds: dict[str, list[float]] = {}
+    turns: dict[str, Callable[[], tuple[float, float | None]]] = {}
+    for kind, loop in bare.loops(artifact, paths, args.provider).items():
+        turns[f"loop, {kind}"] = partial(run_loop, loop, args.seconds)
+    for workers in WORKERS:
+        key = f"DataLoader, {workers} worker{'s' if workers > 1 else ''}"
+        turns[key] = partial(data_loader, artifact, said, paths, workers, args.provider)
+    for decode, actors in itertools.product(args.decode, args.actors):
+        key = f"job, {actors} actor{'s' if actors > 1 else ''}, decode in {decode}"
+        turns[key] = partial(run_job, artifact, root, decode, actors, args.provider)
+    speeds: dict[str, list[float]] = {key: [] for key in turns}
     starts: dict[str, list[float]] = {}
     for turn in range(args.rounds):
-        for batch, decoders in LOOPS:
-            speeds.setdefault(f"loop, batch {batch}, {decoders} decoding", []).append(
-                bare_loop(artifact, said, paths, batch, decoders, args.provider)
-            )
-        speeds.setdefault("loop, a core an image", []).append(side_by_side(artifact, said, paths, args.provider))
-        for workers in WORKERS:
-            key = f"DataLoader, {workers} worker{'s' if workers > 1 else ''}"
-            speed, start = data_loader(artifact, said, paths, workers, args.provider)
-            speeds.setdefault(key, []).append(speed)
-            starts.setdefault(key, []).append(start)
-        for decode, actors in jobs:
-            key = f"job, {actors} actor{'s' if actors > 1 else ''}, decode in {decode}"
-            speed, start = run_job(artifact, root, f"{name}-{turn}-{decode}-{actors}", decode, actors, args.provider)
-            speeds.setdefault(key, []).append(speed)
-            starts.setdefault(key, []).append(start)
+        keys = list(turns)
+        for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
+            speed, start = turns[key]()
+            speeds[key].append(speed)
+            if start is not None:
+                starts.setdefault(key, []).append(start)
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     best, loader = (max((k for k in medians if k.startswith(kind)), key=medians.__getitem__) for kind in PEERS)
     ratios = {key: over(values, speeds[best]) for key, values in speeds.items()}
@@ -141,48 +139,9 @@ def over(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
-def bare_loop(
-    path: Path, said: Artifact, paths: Sequence[Path], batch: int, decoders: int, provider: Provider
-) -> float:
-    """Images a second of a loop that keeps nothing but the outputs, after a first batch."""
-    session = open_session(path, provider)
-    predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
-
-    def batches(pool: ThreadPoolExecutor) -> Iterator[list[Any]]:
-        ahead: deque[list[Future[Any]]] = deque()
-        for i in range(0, len(paths), batch):
-            ahead.append([pool.submit(prepare, file, said) for file in paths[i : i + batch]])
-            if len(ahead) * batch >= 2 * BATCH:
-                yield [future.result() for future in ahead.popleft()]
-        for futures in ahead:
-            yield [future.result() for future in futures]
-
-    with ThreadPoolExecutor(decoders) as pool:
-        start, images, kept = 0.0, 0, []
-        for prepared in batches(pool):
-            kept.append(session.run(None, predictor.inputs(prepared)))
-            if not start:
-                start = time.perf_counter()
-            else:
-                images += len(prepared)
-        return images / (time.perf_counter() - start)
-
-
-def side_by_side(path: Path, said: Artifact, paths: Sequence[Path], provider: Provider) -> float:
-    """Images a second of as many threads as there are cores, each of which decodes and runs an image in a session of
-    one thread, after a first image of each.
-    """
-    session, cores = open_session(path, provider, threads=1), usable_cores()
-    predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
-
-    def whole(file: Path) -> Any:
-        return session.run(None, predictor.inputs([prepare(file, said)]))
-
-    with ThreadPoolExecutor(cores) as pool:
-        list(pool.map(whole, paths[:cores]))
-        start = time.perf_counter()
-        kept = list(pool.map(whole, paths[cores:]))
-        return len(kept) / (time.perf_counter() - start)
+def run_loop(loop: bare.Loop, seconds: float) -> tuple[float, None]:
+    """Images a second; it needs no start."""
+    return loop(seconds), None
 
 
 class Prepared(Dataset[Any]):
@@ -202,18 +161,18 @@ def data_loader(
     path: Path, said: Artifact, paths: Sequence[Path], workers: int, provider: Provider
 ) -> tuple[float, float]:
     """Images a second after the first batch, and seconds until that was run."""
-    predictor = create_predictor(OnnxModel(path, "cpu", threads=1))  # for the form of its inputs
+    model = OnnxModel(path, provider, usable_cores())
+    predictor = create_predictor(model)  # for the form of its inputs
 
     def collate(prepared: list[Any]) -> dict[str, torch.Tensor]:  # tensors travel in shared memory
         return {name: torch.from_numpy(value) for name, value in predictor.inputs(prepared).items()}
 
     began, start, images, kept = time.perf_counter(), 0.0, 0, []
-    session = open_session(path, provider)
     loader = DataLoader(
         Prepared(paths, said), BATCH, num_workers=workers, collate_fn=collate, multiprocessing_context="fork"
     )
     for inputs in loader:
-        kept.append(session.run(None, {name: value.numpy() for name, value in inputs.items()}))
+        kept.append(model.run(**{name: value.numpy() for name, value in inputs.items()}))
         if not start:
             start = time.perf_counter()
         else:
@@ -221,24 +180,15 @@ def data_loader(
     return images / (time.perf_counter() - start), start - began
 
 
-def open_session(path: Path, provider: Provider, threads: int | None = None) -> Any:
-    """onnxruntime's own, on all cores unless it is told."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()
-    if provider == "cpu":
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    ort.preload_dlls()
-    return ort.InferenceSession(str(path), options, providers=ort_providers(provider, None, None, False, False))
-
-
-def run_job(artifact: Path, root: Path, name: str, decode: str, actors: int, provider: Provider) -> tuple[float, float]:
+def run_job(artifact: Path, root: Path, decode: str, actors: int, provider: Provider) -> tuple[float, float]:
     """Images a second from the first chunk's begin to the last one's end, and seconds until that begin."""
     config = BatchConfig.model_validate({
-        "input": str(root / "images"), "output": str(root / name), "decode": decode, "batch_size": BATCH,
+        "input": str(root / "images"), "output": tempfile.mkdtemp(dir=root), "decode": decode, "batch_size": BATCH,
         "actors": {"min_actors": actors, "num_gpus": 1 / actors if provider in ON_GPU else 0},
         "models": [{"name": "m", "artifact": str(artifact), "provider": provider}],
     })  # fmt: skip
     summary = run_batch(config)
+    time.sleep(SETTLE_S)
     return summary["images_per_s"], summary["start_s"]
 
 
@@ -274,13 +224,14 @@ def timed(work: Any, rounds: int = 3) -> tuple[Any, float]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a job and a DataLoader: their speed, how much of the best loop's and of the best DataLoader's that is, and
-    seconds to start.
+    """A row a job and a DataLoader: their speed, how much of the best loop's, with the spread, and of the best
+    DataLoader's that is, and seconds to start.
     """
     rows = []
     for name, figures in result["models"].items():
         for key, ratio in figures["over_the_loop"].items():
-            ratios = f"{ratio:.2f}", f"{figures['over_the_loader'][key]:.2f}"
+            low, high = figures["spread"][key]
+            ratios = f"{ratio:.2f} ({low:.2f}…{high:.2f})", f"{figures['over_the_loader'][key]:.2f}"
             rows.append([name, key, f"{figures['images_per_s'][key]:.1f}", *ratios, f"{figures['start_s'][key]:.1f}"])
         best = figures["best_loop"]
         rows.append([name, best, f"{figures['images_per_s'][best]:.1f}", "1", "–", "–"])

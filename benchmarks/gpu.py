@@ -152,6 +152,7 @@ def in_pytorch(model: nn.Module, device: torch.device, args: argparse.Namespace)
             networks["fp16"] = torch.autocast("cuda", torch.float16)(networks["fp32"])
     forwards = {f"{EAGER} {precision}": network for precision, network in networks.items()}
     if isinstance(model, ExportedClassifier) and not args.no_compile:
+        torch._dynamo.reset()  # after some shapes of one class it would compile no more
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         forwards |= {
             f"{COMPILED} {precision}": torch.compile(network, mode=mode, dynamic=False)

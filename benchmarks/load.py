@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from serving.sessions.providers import usable_cores
 
 TIMEOUT_S = 30
+_barrier: Any = None  # of the processes that load
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,31 @@ def _wrk(post: Post, clients: int, seconds: float) -> dict[str, float]:
 
 
 def _own(post: Post, clients: int, seconds: float) -> dict[str, float]:
-    """Threads in as many processes as there are cores."""
+    """Threads in as many processes as there are cores, which begin together; what ends more than `seconds` later is not
+    counted.
+    """
     processes = min(clients, usable_cores())
     shares = [clients // processes + (i < clients % processes) for i in range(processes)]
-    began = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        said = pool.starmap(_process, [(post, share, seconds) for share in shares])
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, _meet_at, (context.Barrier(processes),)) as pool:
+        said = pool.starmap(_process, [(post, share, seconds) for share in shares], chunksize=1)
     latencies = sorted(ms for ms_of_one, _ in said for ms in ms_of_one)
     errors = sum(failed for _, failed in said)
     cuts = statistics.quantiles(latencies, n=100) if len(latencies) > 1 else [float("nan")] * 99
     figures = {"requests": len(latencies) + errors, "errors": errors, "p50_ms": cuts[49], "p99_ms": cuts[98]}
-    return figures | {"seconds": min(seconds, time.perf_counter() - began)}
+    return figures | {"seconds": seconds}
+
+
+def _meet_at(barrier: Any) -> None:
+    global _barrier
+    _barrier = barrier
 
 
 def _process(post: Post, clients: int, seconds: float) -> tuple[list[float], int]:
     latencies: list[float] = []
     failures: list[object] = []
     url, body, headers = urlsplit(post.url), post.body.read_bytes(), {"Content-Type": post.content_type}
+    _barrier.wait(TIMEOUT_S)
     ends = time.perf_counter() + seconds
 
     def client() -> None:
@@ -76,10 +85,13 @@ def _process(post: Post, clients: int, seconds: float) -> tuple[list[float], int
             except (OSError, http.client.HTTPException):
                 connection.close()
                 failed = True
+            ended = time.perf_counter()
+            if ended > ends:
+                break
             if failed:
                 failures.append(post.url)
             else:
-                latencies.append(1e3 * (time.perf_counter() - began))
+                latencies.append(1e3 * (ended - began))
         connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]

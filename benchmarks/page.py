@@ -1,7 +1,6 @@
 """The page of what was measured: of each part the machine, versions, command, tables and pictures."""
 
 import importlib
-import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def _section(
     name: str, part: Part, run: dict[str, Any], here: dict[str, Any], folder: Path, beside: Path
 ) -> Iterator[str]:
     module: Any = importlib.import_module(f"benchmarks.{part.module}")
-    yield from (f"### {part.title}", "", *_about(module), "", "```bash", " ".join(run["command"]), "```", "")
+    yield from (f"### {part.title}", "", *run["about"].splitlines(), "", "```bash", " ".join(run["command"]), "```", "")
     path = folder / f"{name}.json"
     result = read_json(path) if path.exists() else None
     versions = result["versions"] if result else {}
@@ -75,9 +74,3 @@ def _section(
         yield from (module.markdown(result).strip(), "")
         for picture, text in draw(part.module, name, result, beside / PICTURES):
             yield from (f"![{text}]({(PICTURES / picture.name).as_posix()})", "")
-
-
-def _about(module: Any) -> list[str]:
-    """What the module says of itself, but for how it is called."""
-    paragraphs = inspect.cleandoc(module.__doc__).split("\n\n")
-    return "\n\n".join(text for text in paragraphs if "python -m benchmarks." not in text).splitlines()

@@ -1,5 +1,6 @@
 """What `python -m benchmarks` runs, one part after the other, each in a process of its own."""
 
+import ast
 import contextlib
 import os
 import signal
@@ -16,6 +17,7 @@ from backbones.errors import InputError
 from backbones.files import read_json, write_json
 from benchmarks.machine import machine
 
+HERE = Path(__file__).parent
 GRACE_S = 10  # between SIGTERM and SIGKILL
 PATIENCE = 10  # times the limit, for a smoke run: it may be on any machine
 
@@ -139,7 +141,7 @@ def run_parts(
         problem = _run([sys.executable, *command, "--json", str(result)], limit_s)
         runs[name] = {
             "command": ["python", *command], "quick": quick, "date": date.today().isoformat(),
-            "seconds": round(time.monotonic() - began, 1), "problem": problem,
+            "seconds": round(time.monotonic() - began, 1), "problem": problem, "about": about(part.module),
         }  # fmt: skip
         write_json(folder / "runs.json", runs)
         if problem:
@@ -147,8 +149,17 @@ def run_parts(
     return failed
 
 
+def about(module: str) -> str:
+    """What a part's module says of itself, but for how it is called."""
+    said = ast.get_docstring(ast.parse((HERE / f"{module}.py").read_text(encoding="utf-8")))
+    assert said is not None
+    return "\n\n".join(text for text in said.split("\n\n") if "python -m benchmarks." not in text)
+
+
 def read_runs(folder: Path) -> dict[str, Any]:
-    """By part, its `command`, `quick`, `date`, `seconds` and `problem`, which is null or why it failed."""
+    """By part, its `command`, `quick`, `date`, `seconds`, `problem`, which is null or why it failed, and what the code
+    that ran was `about`.
+    """
     path = folder / "runs.json"
     runs: dict[str, Any] = read_json(path) if path.exists() else {}
     return runs

@@ -4,6 +4,7 @@ A plot takes a module's result as its JSON has it, and gives nothing where that 
 the picture's text for those who do not see it.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,28 +86,31 @@ def median(turns: Sequence[Any], *keys: str) -> float:
 
 
 def accuracies(result: Result) -> Figure | None:
-    """Published top-1 over the images a second of onnxruntime in batches, and over the multiply-adds that it took"""
-    points = []
+    """Published top-1 over the images a second of onnxruntime in batches, where it is of that size, and over the
+    multiply-adds that it took, of the best
+    """
+    size, points = result["settings"]["size"], []
     for name, figures in result["models"].items():
         speeds = {(row["runtime"], row["batch"]): row["images_per_s"][name] for row in figures["speeds"]}
         speed = max(((batch, value) for (runtime, batch), value in speeds.items() if runtime == "onnxruntime"))[1]
-        if figures["published"]:
-            best = max(figures["published"], key=lambda figure: figure["top1"])
-            points.append((name, best["top1"], speed, best["gmacs"]))
+        if published := figures["published"]:
+            best = max(published, key=lambda figure: figure["top1"])
+            here = max((figure["top1"] for figure in published if figure["size"] == size), default=math.nan)
+            points.append((name, (speed, here), (best["gmacs"], best["top1"])))
     if not points:
         return None
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    size = result["settings"]["size"]
-    for axes, column, label in (
-        (panels[0], 2, f"images a second at {size}²"), (panels[1], 3, "GMACs at the size it was published for"),
-    ):  # fmt: skip
-        for i, point in enumerate(points):
-            axes.plot(point[column], point[1], "o", color=f"C{i % 10}", label=point[0])
+    for i, (name, *places) in enumerate(points):
+        for axes, (x, y) in zip(panels, places, strict=True):
+            axes.plot(x, y, "o", color=f"C{i % 10}", label=name)
+    for axes, label in zip(
+        panels, (f"images a second at {size}²", "GMACs at the size it was published for"), strict=True
+    ):
         _logarithmic(axes, "x")
         axes.set_xlabel(label)
     panels[0].set_ylabel("top-1, %, published by others")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

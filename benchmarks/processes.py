@@ -7,10 +7,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Process:
-    """A process; `begin` tells it from a later one of the same number."""
+    """A process; `begin`, in ticks, tells it from a later one of the same number."""
 
     pid: int
-    begin: str
+    begin: int
 
     def alive(self) -> bool:
         found = _stat(self.pid)
@@ -46,10 +46,10 @@ def pss_mb(pid: int) -> float:
     return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0) / 1024
 
 
-def _stat(pid: int) -> tuple[str, int, str] | None:
+def _stat(pid: int) -> tuple[str, int, int] | None:
     """State, parent and begin."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return fields[0], int(fields[1]), fields[19]
+    return fields[0], int(fields[1]), int(fields[19])

@@ -32,6 +32,7 @@ from backbones.files import versions, write_json
 from backbones.published import protocol
 from benchmarks.contest import device_name, table, take_turns
 from benchmarks.detection import finish
+from benchmarks.export import compile_frozen
 from serving.runtime import usable_cores
 
 MODELS = ("cspresnet50", "cspresnext50", "cspdarknet50")
@@ -157,9 +158,12 @@ def measure(name: str, batch: int, precision: str, device: torch.device, args: a
     with tensor_float32(precision == "tf32"):
         if not args.no_compile:
             torch._dynamo.reset()
-            mode = "reduce-overhead" if device.type == "cuda" else "default"
-            contestants["compiled"] = work(torch.compile(network, mode=mode, dynamic=False))
-            contestants["compiled"]()  # compiles it
+            if device.type == "cuda":
+                compiled: Any = torch.compile(network, mode="reduce-overhead", dynamic=False)
+            else:
+                compiled = compile_frozen(network, images)
+            contestants["compiled"] = work(compiled)
+            contestants["compiled"]()  # compiles it, if it is not yet
         speeds = take_turns(contestants, args.rounds)["images_per_s"]
     return {"model": name, "batch": batch, "precision": precision, "side": side, "images_per_s": speeds}
 

@@ -126,9 +126,9 @@ def install(name: str) -> Path:
 
 
 def version(name: str) -> str:
-    """Of the peer that is installed."""
+    """Of the peer that is installed, and of the onnxruntime that it runs."""
     package = PEERS[name].package.split()[0].partition("[")[0]
-    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
+    code = f"from importlib.metadata import version as v; print(v({package!r}), 'on onnxruntime', v('onnxruntime'))"
     said = subprocess.run([install(name) / "bin/python", "-c", code], check=True, capture_output=True, text=True)
     return said.stdout.strip()
 

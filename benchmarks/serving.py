@@ -4,7 +4,7 @@
         [--peer-models cspresnet50 nothing] [--provider cpu] [--replicas 1] [--json FILE]
 
 bare: a classifier (cspresnet50 at 256², a photograph-sized JPEG) and a detector at saturation and with one client,
-against the best of three loops that decode and run the same JPEG in one process without HTTP, both on `--provider`:
+against the best of four loops that decode and run the same JPEG in one process without HTTP, both on `--provider`:
 while nothing else runs and, "beside", while the service is there and idle, whose processes take from the loop, too.
 
 peers: this project's server at its defaults, Ray Serve at its, LitServe, BentoML, and FastAPI on uvicorn
@@ -13,8 +13,8 @@ model that costs nothing with a small picture, so that what is measured is the s
 
 Every round starts and ends each server and lets each have its turn, so that no server idles beside another; figures
 are medians over the rounds, and ratios those of a round. Server and load (wrk, or without it processes of ours) share
-the machine's cores. Random weights. Artefacts and the peers' environments are kept in the user's cache: the first run
-takes some minutes more.
+the machine's cores. Random weights. The peers' environments are kept in the user's cache: the first run takes some
+minutes more.
 """
 
 import argparse
@@ -81,14 +81,14 @@ def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
     """By model: images/s and ms of the service and of the loops in each round."""
     picture = jpeg(folder / "photo.jpg", *PHOTO)
     body = picture.read_bytes()
-    models = {name: artifact(name) for name in args.models}
+    models = {name: artifact(name, folder) for name in args.models}
     settings: Figures = {"provider": args.provider, "replicas": args.replicas}
     if args.provider in ON_GPU:
         settings["num_gpus"] = 1 / (len(models) * args.replicas)  # they share it
     rounds: Figures = {name: [] for name in models}
     for _ in range(args.rounds):
         loops = {
-            name: {kind: loop(args.seconds) for kind, loop in bare.loops(path, body, args.provider).items()}
+            name: {kind: loop(args.seconds) for kind, loop in bare.loops(path, [body], args.provider).items()}
             for name, path in models.items()
         }
         latency = {name: bare.latency_ms(path, body, args.seconds, args.provider) for name, path in models.items()}
@@ -96,7 +96,7 @@ def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
             for name, server in running.items():
                 figures: Figures = {"loops": loops[name], "bare_ms": latency[name]}
                 best = max(loops[name], key=loops[name].__getitem__)
-                figures["beside"] = bare.loops(models[name], body, args.provider)[best](args.seconds)
+                figures["beside"] = bare.loops(models[name], [body], args.provider)[best](args.seconds)
                 figures["beside_ms"] = bare.latency_ms(models[name], body, args.seconds, args.provider)
                 figures["saturated"] = load(server.post, SATURATING, 2 * args.seconds)
                 figures["one"] = load(server.post, 1, args.seconds)
@@ -111,7 +111,7 @@ def against_bare(args: argparse.Namespace, folder: Path) -> Figures:
 
 def against_peers(args: argparse.Namespace, model: str, folder: Path) -> Figures:
     """By server, a list of rounds; by number of clients: requests/s and the like."""
-    picture, path = jpeg(folder / f"{model}.jpg", *PICTURES[model]), artifact(model)
+    picture, path = jpeg(folder / f"{model}.jpg", *PICTURES[model]), artifact(model, folder)
     seconds = args.seconds if model == NOTHING else 3 * args.seconds  # few requests a second
     rounds: Figures = {name: [] for name in (OURS, *args.peers)}
     for turn in range(args.rounds):
@@ -137,19 +137,16 @@ def measure(server: servers.Running, seconds: float, figures: Figures) -> None:
     figures["memory_mb"] = server.memory_mb()
 
 
-def artifact(name: str) -> Path:
-    """Exported with random weights, once."""
-    path = servers.CACHE / f"{name}.onnx"
+def artifact(name: str, folder: Path) -> Path:
+    """Exported with random weights, unless it is there."""
+    path, weights = folder / f"{name}.onnx", folder / f"{name}.safetensors"
     if path.exists():
         return path
-    servers.CACHE.mkdir(parents=True, exist_ok=True)
     if name == NOTHING:
         return write_nothing(path)
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "w.safetensors"
-        (random_classifier if name == CLASSIFIER else random_detector)(name, weights)
-        run_export(str(weights), path)
+    (random_classifier if name == CLASSIFIER else random_detector)(name, weights)
+    run_export(str(weights), path)
     return path
 
 

@@ -3,6 +3,7 @@
 import importlib
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,13 +22,19 @@ ROOT = Path(__file__).parents[1]
 
 
 class Answer(BaseHTTPRequestHandler):
-    """200 to a body that begins as JPEG does, under /right; else 500."""
+    """200 to a body that begins as JPEG does, but under /wrong; else 500; later under /slow."""
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        right = self.path == "/right" and body[:2] == b"\xff\xd8" and self.headers["Content-Type"] == "image/jpeg"
+        right = (
+            self.path in ("/right", "/slow")
+            and body[:2] == b"\xff\xd8"
+            and self.headers["Content-Type"] == "image/jpeg"
+        )
+        if self.path == "/slow":
+            time.sleep(0.6)
         self.send_response(200 if right else 500)
         self.send_header("Content-Length", "2")
         self.end_headers()
@@ -55,6 +62,9 @@ def test_answers_and_errors_are_counted(url: str, tmp_path: Path, name: str) -> 
     assert right["requests"] > 10 and right["errors"] == 0
     assert 0 < right["p50_ms"] <= right["p99_ms"] < 1000
     assert wrong["errors"] == wrong["requests"] > 10
+    slow = send(Post(f"{url}/slow", picture), 3, 2)
+    assert 3 * 2 <= slow["requests"] <= 3 * 3 and slow["errors"] == 0  # and not those that end after the two seconds
+    assert 600 <= slow["p50_ms"] < 700 and slow["seconds"] == pytest.approx(2, abs=0.1)
 
 
 def test_a_peer_does_the_same_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
