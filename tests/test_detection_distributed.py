@@ -1,4 +1,4 @@
-"""A detector trained by two processes of torchrun, on the CPU."""
+"""A detector trained and evaluated by two processes of torchrun, on the CPU."""
 
 import json
 import os
@@ -12,7 +12,9 @@ import torch
 from backbones.config import load_config
 from backbones.files import sha256
 from backbones.weights import read_weights
+from detection.coco_eval import FIGURES
 from detection.config import DetectorConfig
+from detection.evaluate import run_eval
 from detection.train import run_train
 from serving.shapes import draw_detection
 
@@ -22,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quickstart" / "detector.yaml"
 
 # Each process's work: a run that one process can repeat, a whole run with everything, one that is cut and resumed, and
-# one that diverges, first in both and then in one alone.
+# one that diverges, first in both and then in one alone; and an evaluation.
 DRIVER = """
 import sys
 import torch
@@ -30,6 +32,7 @@ from backbones.config import load_config
 from backbones.distributed import process_group, rank
 from backbones.errors import InputError
 from detection import engine, train
+from detection.__main__ import main
 from detection.config import DetectorConfig
 
 path, output, *overrides = sys.argv[1:]
@@ -59,6 +62,7 @@ def cut(*args):
     take_step(*args)
 
 with process_group(torch.device("cpu")):
+    main(["eval", path, *overrides, *EVALUATED, f"output={output}/two"])
     run("alike", *ALIKE, "data.batch_size=2")
     everything = EVERYTHING
     run("whole", *everything)
@@ -90,6 +94,8 @@ EVERYTHING = [
     "data.aspect_ratio_groups=1", "max_detections=5",
 ]  # fmt: skip
 
+EVALUATED = ["score_threshold=0.0", "data.batch_size=1"]  # random weights find something
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[str]:
@@ -105,7 +111,9 @@ def data(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs")
-    driver = DRIVER.replace("ALIKE", repr(ALIKE)).replace("EVERYTHING", repr(EVERYTHING))
+    driver = DRIVER
+    for name, overrides in (("ALIKE", ALIKE), ("EVERYTHING", EVERYTHING), ("EVALUATED", EVALUATED)):
+        driver = driver.replace(name, repr(overrides))
     (output / "driver.py").write_text(driver)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -126,6 +134,20 @@ def test_two_processes_are_one_with_double_the_batch(data, runs, tmp_path):
     weights = [read_weights(folder / "last.safetensors")[0] for folder in (tmp_path, runs / "alike")]
     for key, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_evaluate_as_one(data, runs, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two have: sums of another number of threads differ in the last bits
+    one = run_eval(load_config(DetectorConfig, CONFIG, [*data, *EVALUATED, f"output={tmp_path}"]))
+    torch.set_num_threads(threads)
+    two = json.loads((runs / "two" / "eval.json").read_text())
+    assert two["processes"] == 2
+    assert {name: two[name] for name in FIGURES} == {name: one[name] for name in FIGURES}
+    detections = [json.loads((folder / "detections.json").read_text()) for folder in (tmp_path, runs / "two")]
+    assert len(detections[0]) == len(detections[1]) > 0
+    assert detections[0] == detections[1]
+    assert (runs / "stdout").read_text().count("report/report.html") == 1
 
 
 def test_two_processes_resume_exactly(runs):

@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -177,33 +174,9 @@ def test_published_figures_stand_beside_the_measured(shapes):
         assert published_figures(config, metadata | {"preprocess": settings | other})["same_settings"] is False
     assert published_figures(config, {}) is None
     measured = dict.fromkeys(FIGURES, 0.5) | {"images": 3, "detections": 4, "published": figures}
-    assert summary(measured).endswith("published by torchvision: AP 0.379, of masks 0.346 on 5000 images")
-
-
-@pytest.mark.slow
-def test_two_processes_are_one(shapes, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = ["-m", "detection", "eval", str(CONFIG), *shapes, "data.batch_size=1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *arguments, f"output={tmp_path / 'two'}"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
+    assert summary(measured).endswith(
+        "published by torchvision: AP 0.379, of masks 0.346 on 5000 images, resized as tensors"
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report/report.html") == 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two have: sums of another number of threads differ in the last bits
-    one = run_eval(load_config(DetectorConfig, CONFIG, [*shapes, "data.batch_size=1", f"output={tmp_path / 'one'}"]))
-    torch.set_num_threads(threads)
-    two = json.loads((tmp_path / "two" / "eval.json").read_text())
-    assert two["processes"] == 2
-    assert {name: two[name] for name in FIGURES} == {name: one[name] for name in FIGURES}
-    detections = [json.loads((tmp_path / name / "detections.json").read_text()) for name in ("one", "two")]
-    assert len(detections[0]) == len(detections[1]) > 0
-    assert detections[0] == detections[1]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from backbones.errors import InputError
 from backbones.files import read_json, write_json
 from detection.coco_eval import to_results
 from serving import prove
+from serving.artifact import Artifact, read_artifact
 from serving.evaluate import ArtifactSource
 from serving.jobs.results import Row
 from serving.predictor import Classification, Detections
@@ -219,9 +220,15 @@ def annotate(root: Path, artifact: Path) -> Path:
     return root / "truth.json"
 
 
+def exported_before(weights: str, artifact: Path, model: str | None) -> Artifact:
+    shutil.copy(Path(weights).with_name("m.onnx"), artifact)
+    return read_artifact(artifact)[0]
+
+
 @pytest.fixture
 def nowhere(monkeypatch) -> pytest.MonkeyPatch:
-    """No service and no batch job, which take a minute: in their places the artefact, or what a test puts there."""
+    """No export, service or batch job, which take minutes: in their places the artefact, or what a test puts there."""
+    monkeypatch.setattr(prove, "run_export", exported_before)
     monkeypatch.setattr(prove, "start", lambda config, _: nullcontext(SimpleNamespace(url=config.models[0].artifact)))
     monkeypatch.setattr(prove, "EndpointSource", lambda url: ArtifactSource(Path(url).parents[2], "cpu"))
     monkeypatch.setattr(prove, "BatchSource", lambda artifact, *_: ArtifactSource(artifact, "cpu"))

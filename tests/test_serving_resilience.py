@@ -9,8 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from serving.client import Client
 from serving.config import ServedModel, ServingConfig
 from serving.predictor import create_predictor
 from serving.runtime import OnnxModel
-from serving.serve import start
 from serving.service.environment import find_haproxy, free_port
 
 BARE, WITH_RETRIES = 6, 3  # clients
@@ -68,75 +68,6 @@ def _models(artefacts: dict[str, Path]) -> tuple[ServedModel, ...]:
     )
 
 
-@pytest.fixture(scope="module")
-def url(artefacts: dict[str, Path]) -> Iterator[str]:
-    with start(ServingConfig(port=0, models=_models(artefacts)), lambda _: None) as service:
-        yield service.url
-
-
-def _one(pattern: str, root: int) -> Process:
-    found = [process for process in tree(root) if re.search(pattern, process.command())]
-    assert found, [process.command() for process in tree(root)]
-    return found[-1]
-
-
-@pytest.mark.parametrize("name", ["replica", "HAProxy", "proxy actor"])
-def test_killed_under_load(url: str, questions: list[Question], name: str) -> None:
-    pattern = {
-        "replica": "^ray::ServeReplica:classifier",
-        "HAProxy": "haproxy -db",
-        "proxy actor": "^ray::HAProxyManager",
-    }
-    with clients.bare(url, questions, BARE) as bare, clients.library(url, questions, WITH_RETRIES) as library:
-        time.sleep(1)
-        killed = _one(pattern[name], os.getpid())
-        assert not bare.failures() and bare.outcomes
-        moment = time.monotonic()
-        os.kill(killed.pid, signal.SIGKILL)
-        deadline = moment + RECOVERED_S
-        successor = False
-        while not (successor and bare.rate(time.monotonic() - 1, time.monotonic()) > 0):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-            running = [p for p in tree(os.getpid()) if re.search(pattern[name], p.command())]
-            successor = any(process.begin > killed.begin for process in running)
-    assert not library.failures()
-    lost = [outcome for outcome in bare.since(moment) if outcome.what != "ok"]
-    assert len(lost) <= BARE and all(outcome.began < moment + 0.5 for outcome in lost), bare.failures(moment)
-    assert bare.since(max(o.ended for o in bare.outcomes) - 1)  # it answers again
-
-
-def test_2000_hostile_bodies(url: str, questions: list[Question]) -> None:
-    before = memory_mb(os.getpid())
-    verdicts = hostile.send_all(url, hostile.requests("classifier", "detector", 2000))
-    assert len(verdicts) > 3000  # a thousand and more truncations, and the 2000
-    verdicts += hostile.misbehave(url, "classifier", picture("red"))
-    wrong = [f"{verdict.kind}: {verdict.wrong}" for verdict in verdicts if verdict.wrong]
-    assert not wrong, "\n".join(wrong)
-    assert {verdict.status for verdict in verdicts if verdict.kind == "bomb"} == {422}
-    assert {verdict.status for verdict in verdicts if verdict.kind.startswith("100 MB")} <= {413, None}
-    assert memory_mb(os.getpid()) < 1.2 * before + 100
-    with clients.bare(url, questions, BARE) as bare:
-        time.sleep(1)
-    assert bare.outcomes and not bare.failures()
-
-
-def test_only_the_port_that_was_asked_for_is_open_to_others(url: str) -> None:
-    """HAProxy's own pages are on the loopback address."""
-    haproxy = _one("haproxy -db", os.getpid())
-    inodes = {os.readlink(path) for path in Path(f"/proc/{haproxy.pid}/fd").iterdir() if path.is_symlink()}
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
-    assert listening == {"0100007F"}
-
-
-def test_answers_are_equal_to_the_bit_at_any_concurrency(url: str, questions: list[Question]) -> None:
-    for concurrency in (1, 3, 16):
-        with clients.bare(url, questions, concurrency) as bare:
-            time.sleep(1)
-        assert len(bare.outcomes) > concurrency and not bare.failures()
-
-
 @dataclass
 class Command:
     """`python -m serving run`, which is ready."""
@@ -154,19 +85,19 @@ class Command:
         assert any(words in line for line in self.process.stdout), f"it ended without {words!r}"
 
 
-def _configure(path: Path, port: int, model: ServedModel) -> None:
-    config = ServingConfig(port=port, models=(model,))
+def _configure(path: Path, port: int, models: Sequence[ServedModel]) -> None:
+    config = ServingConfig(port=port, models=tuple(models))
     path.write_text(json.dumps(config.model_dump(mode="json", exclude_defaults=True)))  # JSON is YAML
 
 
-@pytest.fixture
-def command(artefacts: dict[str, Path], tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Command]:
-    """Whatever is left of it at the end is killed. A parameter is environment."""
-    config, port = tmp_path / "serving.yaml", free_port()
-    _configure(config, port, _models(artefacts)[0])
+@contextmanager
+def _running(folder: Path, models: Sequence[ServedModel], **environment: str) -> Iterator[Command]:
+    """Whatever is left of it at the end is killed."""
+    config, port = folder / "serving.yaml", free_port()
+    _configure(config, port, models)
     started = [sys.executable, "-m", "serving", "run", str(config)]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}  # the other's
-    env |= getattr(request, "param", {})
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")}  # of other tests
+    env |= environment
     running = subprocess.Popen(started, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1], env=env)
     command = Command(running, config, port)
     try:
@@ -181,6 +112,78 @@ def command(artefacts: dict[str, Path], tmp_path: Path, request: pytest.FixtureR
                 os.kill(each.pid, signal.SIGKILL)
 
 
+@pytest.fixture(scope="module")
+def service(artefacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """That the tests of this file share, until one of them stops it."""
+    with _running(tmp_path_factory.mktemp("service"), _models(artefacts)) as command:
+        yield command
+
+
+def _one(pattern: str, root: int) -> Process:
+    found = [process for process in tree(root) if re.search(pattern, process.command())]
+    assert found, [process.command() for process in tree(root)]
+    return found[-1]
+
+
+@pytest.mark.parametrize("name", ["replica", "HAProxy", "proxy actor"])
+def test_killed_under_load(service: Command, questions: list[Question], name: str) -> None:
+    pattern = {
+        "replica": "^ray::ServeReplica:classifier",
+        "HAProxy": "haproxy -db",
+        "proxy actor": "^ray::HAProxyManager",
+    }
+    with (
+        clients.bare(service.url, questions, BARE) as bare,
+        clients.library(service.url, questions, WITH_RETRIES) as library,
+    ):
+        time.sleep(1)
+        killed = _one(pattern[name], service.process.pid)
+        assert not bare.failures() and bare.outcomes
+        moment = time.monotonic()
+        os.kill(killed.pid, signal.SIGKILL)
+        deadline = moment + RECOVERED_S
+        successor = False
+        while not (successor and bare.rate(time.monotonic() - 1, time.monotonic()) > 0):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+            running = [p for p in tree(service.process.pid) if re.search(pattern[name], p.command())]
+            successor = any(process.begin > killed.begin for process in running)
+    assert not library.failures()
+    lost = [outcome for outcome in bare.since(moment) if outcome.what != "ok"]
+    assert len(lost) <= BARE and all(outcome.began < moment + 0.5 for outcome in lost), bare.failures(moment)
+
+
+def test_2000_hostile_bodies(service: Command, questions: list[Question]) -> None:
+    before = memory_mb(service.process.pid)
+    verdicts = hostile.send_all(service.url, hostile.requests("classifier", "detector", 2000))
+    assert len(verdicts) > 3000  # a thousand and more truncations, and the 2000
+    verdicts += hostile.misbehave(service.url, "classifier", picture("red"))
+    wrong = [f"{verdict.kind}: {verdict.wrong}" for verdict in verdicts if verdict.wrong]
+    assert not wrong, "\n".join(wrong)
+    assert {verdict.status for verdict in verdicts if verdict.kind == "bomb"} == {422}
+    assert {verdict.status for verdict in verdicts if verdict.kind.startswith("100 MB")} <= {413, None}
+    assert memory_mb(service.process.pid) < 1.2 * before + 100
+    with clients.bare(service.url, questions, BARE) as bare:
+        time.sleep(1)
+    assert bare.outcomes and not bare.failures()
+
+
+def test_only_the_port_that_was_asked_for_is_open_to_others(service: Command) -> None:
+    """HAProxy's own pages are on the loopback address."""
+    haproxy = _one("haproxy -db", service.process.pid)
+    inodes = {os.readlink(path) for path in Path(f"/proc/{haproxy.pid}/fd").iterdir() if path.is_symlink()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+    assert listening == {"0100007F"}
+
+
+def test_answers_are_equal_to_the_bit_at_any_concurrency(service: Command, questions: list[Question]) -> None:
+    for concurrency in (1, 3, 16):
+        with clients.bare(service.url, questions, concurrency) as bare:
+            time.sleep(1)
+        assert len(bare.outcomes) > concurrency and not bare.failures()
+
+
 def _gone(processes: list[Process], within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while left := [process.command() for process in processes if process.alive()]:
@@ -189,20 +192,21 @@ def _gone(processes: list[Process], within_s: float) -> None:
 
 
 def test_sighup_rolls_out_and_sigterm_under_load_ends(
-    command: Command, artefacts: dict[str, Path], questions: list[Question], tmp_path: Path
+    service: Command, artefacts: dict[str, Path], questions: list[Question], tmp_path: Path
 ) -> None:
     """A config that cannot be served changes nothing. What was accepted is answered, and nothing is left."""
-    running, url = command.process, command.url
-    before = _models(artefacts)[0]
+    running, url = service.process, service.url
+    before, detector = _models(artefacts)
     with Client(url) as client:
         for artefact, answer, serves in (
             (tmp_path / "none.onnx", "not rolled out, what ran before goes on: model 'classifier': no art", "colours"),
             (write_classifier(tmp_path / "new.onnx", name="new"), "rolled out after", "new"),
         ):
-            _configure(command.config, command.port, before.model_copy(update={"artifact": str(artefact)}))
+            changed = before.model_copy(update={"artifact": str(artefact)})
+            _configure(service.config, service.port, [changed, detector])
             running.send_signal(signal.SIGHUP)
-            command.says("loading the config again")
-            command.says(answer)
+            service.says("loading the config again")
+            service.says(answer)
             within(30, lambda serves=serves: client.artifact("classifier").model == serves)  # type: ignore[misc]
     below, statuses = tree(running.pid), list[str]()
     lock = threading.Barrier(BARE + 1)
@@ -236,31 +240,34 @@ def test_sighup_rolls_out_and_sigterm_under_load_ends(
     _gone(below, within_s=5)
 
 
-@pytest.mark.parametrize("command", [{"RAY_SERVE_ENABLE_HA_PROXY": "0"}], indirect=True)
-def test_ray_alone_serves_without_haproxy(command: Command, questions: list[Question]) -> None:
-    running, url = command.process, command.url
-    below = tree(running.pid)
-    assert not any("haproxy" in each.command().lower() for each in below)
-    with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
-        assert http.get("/v2/health/ready").status_code == 200
-        assert http.post("/v2/models/classifier/classify", content=questions[0].body).status_code == 200
-        refused = http.post("/v2/models/classifier/classify", content=b"no picture")
-        assert refused.status_code == 422 and list(refused.json()) == ["error"]
-        assert http.post("/v2/models/nothing/classify", content=b"x").json()["error"].startswith("no model 'nothing'")
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(60) == 0
-    _gone(below, within_s=10)
+def test_ray_alone_serves_without_haproxy(
+    artefacts: dict[str, Path], questions: list[Question], tmp_path: Path
+) -> None:
+    with _running(tmp_path, _models(artefacts)[:1], RAY_SERVE_ENABLE_HA_PROXY="0") as command:
+        running, url = command.process, command.url
+        below = tree(running.pid)
+        assert not any("haproxy" in each.command().lower() for each in below)
+        with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+            assert http.get("/v2/health/ready").status_code == 200
+            assert http.post("/v2/models/classifier/classify", content=questions[0].body).status_code == 200
+            refused = http.post("/v2/models/classifier/classify", content=b"no picture")
+            assert refused.status_code == 422 and list(refused.json()) == ["error"]
+            assert (
+                http.post("/v2/models/nothing/classify", content=b"x").json()["error"].startswith("no model 'nothing'")
+            )
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 0
+        _gone(below, within_s=10)
 
 
-def test_sigkill_leaves_nothing_behind(command: Command) -> None:
+def test_sigkill_leaves_nothing_behind(artefacts: dict[str, Path], tmp_path: Path) -> None:
     """But Ray's two agents, which look for the head of their cluster for a minute more."""
-    running, url = command.process, command.url
-    below = [each for each in tree(running.pid) if not each.command().endswith("Agent")]
-    assert any("haproxy -db" in each.command() for each in below)
-    running.kill()
-    running.wait()
-    _gone(below, within_s=40)
-    port = int(url.rsplit(":", 1)[1])
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("127.0.0.1", port))
+    with _running(tmp_path, _models(artefacts)[:1]) as command:
+        below = [each for each in tree(command.process.pid) if not each.command().endswith("Agent")]
+        assert any("haproxy -db" in each.command() for each in below)
+        command.process.kill()
+        command.process.wait()
+        _gone(below, within_s=40)
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", command.port))
