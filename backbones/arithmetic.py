@@ -1,9 +1,14 @@
-"""What float32 stands for on a GPU."""
+"""In which numbers a network computes."""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    """Mixed precision: float16 on a GPU, and bfloat16 on a CPU, which is slow in the other."""
+    return torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=enabled)
 
 
 @contextlib.contextmanager

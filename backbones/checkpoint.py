@@ -43,6 +43,11 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"device={name} is not usable here ({reason}): give device=cpu or device=auto") from None
 
 
+def device_name(device: torch.device) -> str:
+    """A GPU's own, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch."""
     random.seed(seed)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from pydantic_core import ErrorDetails
 
 from backbones.errors import InputError, unknown
-from backbones.preprocess import ClassifierPreprocess
+from backbones.preprocess import ClassifierPreprocess, Decoder
 from backbones.published import protocol
 from backbones.schema import Device, OptimizerName, Section, Seed
 
@@ -24,7 +24,7 @@ class ImageData(Section):
     ground_truth: str | None = None  # for a flat folder of images
     label_ids: Literal["auto", "index", "ilsvrc2012"] = "auto"  # what integers in it mean
     real_labels: str | None = None  # ReaL's real.json, scored beside the original labels
-    decoder: Literal["pillow", "torchvision", "opencv"] = "pillow"  # docs/backbones.md says what the others bring
+    decoder: Decoder = "pillow"  # docs/backbones.md says what the others bring
     on_error: Literal["stop", "skip"] = "stop"  # at an image that cannot be decoded
     batch_size: int = Field(default=64, ge=1)
     workers: int = Field(default=2, ge=0)
@@ -36,7 +36,7 @@ class Recipe(Section):
     """
 
     epochs: int = Field(default=90, ge=1)
-    optimizer: Literal[OptimizerName, "lamb", "rmsprop"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     lr: float = Field(default=0.1, gt=0)
     lr_batch: int | None = Field(default=None, ge=1)
     schedule: Literal["cosine", "poly", "step", "multistep"] = "cosine"  # after a linear warm-up; the first two to 0

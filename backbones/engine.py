@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from backbones.arithmetic import tensor_float32
+from backbones.arithmetic import autocast, tensor_float32
 from backbones.distributed import everywhere, gather, is_main, rank, world_size
 from backbones.errors import InputError
 from backbones.imagenet import ImageNet, create_loader
@@ -97,7 +97,7 @@ def train_one_epoch(
         images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         mixed, wanted = mix(images, labels) if mix else (images, labels)
         with no_sync(model, apart=not whole):
-            with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
+            with autocast(device, amp):
                 logits = model(mixed)
                 loss = F.cross_entropy(logits, wanted, label_smoothing=label_smoothing)
             scaler.scale(loss / accumulate).backward()
@@ -188,7 +188,7 @@ def _predict(
 
     def forward(pixels: Tensor) -> Tensor:
         images = normalize(to_device(pixels, device), dataset.preprocess).contiguous(memory_format=layout)
-        with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
+        with autocast(device, amp):
             logits = model(images)
         # On CUDA into pinned memory, without waiting: the next batch starts while this one runs.
         return logits.float().to("cpu", non_blocking=device.type == "cuda")

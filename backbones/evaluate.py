@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backbones.checkpoint import pick_device
+from backbones.checkpoint import device_name, pick_device
 from backbones.config import ClassifierConfig
 from backbones.cspnet import CSPNet, create_model, get_variant
 from backbones.distributed import on_main, together, world_size
@@ -60,7 +60,7 @@ def run_eval(config: ClassifierConfig, device: torch.device | None = None) -> di
         "data": config.data.model_dump(),
         "amp": config.amp,
         "channels_last": config.channels_last,
-        "device": _device_name(device),
+        "device": device_name(device),
         "processes": world_size(),
         "batch_size": predictions.batch_size,
         "seconds": round(seconds, 3),
@@ -155,7 +155,3 @@ def published(config: ClassifierConfig) -> list[dict[str, Any]]:
         for figure in release.figures
         if figure.preprocess == config.preprocess
     ]
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ FUSED = ("cpu", "cuda")  # devices where one kernel updates everything; on the C
 
 def create_optimizer(
     model: nn.Module,
-    name: OptimizerName | Literal["lamb", "rmsprop"],
+    name: OptimizerName,
     lr: float,
     momentum: float,
     weight_decay: float,

@@ -58,11 +58,6 @@ def excite(model: Detector, images: list[Tensor]) -> None:
         model.score_thresh = 0.5
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's own, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 def ratio(turns: dict[str, Any], other: str) -> str:
     """The first's speed over another's with the spread, of what `take_turns` gave; a dash for who was not there."""
     if other not in turns["ours_over"]:

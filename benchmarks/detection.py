@@ -22,12 +22,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.models import detection as tv
 
-from backbones.checkpoint import pick_device
+from backbones.checkpoint import device_name, pick_device
 from backbones.cli import at_least
 from backbones.errors import InputError, exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.preprocess import DetectorPreprocess
-from benchmarks.contest import device_name, excite, table, take_turns
+from benchmarks.contest import excite, table, take_turns
 from detection.batched import BatchedDetector
 from detection.models import create_detector, thresholds
 from detection.profile import PUBLISHED_MODELS, profile

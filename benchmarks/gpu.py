@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from backbones.arithmetic import tensor_float32
-from backbones.checkpoint import pick_device
+from backbones.checkpoint import device_name, pick_device
 from backbones.cli import at_least
 from backbones.engine import normalize
 from backbones.errors import InputError, exit_on_input_error
 from backbones.files import versions, write_json
-from benchmarks.contest import device_name, table, take_turns
+from benchmarks.contest import table, take_turns
 from benchmarks.export import CANVAS, as_list, in_session, in_torch, quantized, random_classifier, random_detector
 from detection.names import is_detector
 from serving.export import ExportedClassifier, run_export

@@ -21,7 +21,7 @@ import timm.data
 import torch
 import torch.nn.functional as F
 
-from backbones.checkpoint import pick_device
+from backbones.checkpoint import device_name, pick_device
 from backbones.cli import at_least
 from backbones.config import ImageData
 from backbones.cspnet import create_model
@@ -32,7 +32,7 @@ from backbones.imagenet import ImageNet, create_loader
 from backbones.published import ALIASES, protocol
 from backbones.samples import list_samples
 from benchmarks.batch import draw
-from benchmarks.contest import device_name, take_turns
+from benchmarks.contest import take_turns
 
 MODELS = ("cspresnet50", "cspresnext50", "cspdarknet50")
 TRAIN_SIZE, TRAIN_BATCH, TRAIN_STEPS = 128, 8, 3

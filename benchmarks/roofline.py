@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from backbones.arithmetic import tensor_float32
-from backbones.checkpoint import pick_device
+from backbones.checkpoint import device_name, pick_device
 from backbones.cli import at_least
 from backbones.cspnet import create_model
 from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.published import protocol
-from benchmarks.contest import device_name, table, take_turns
+from benchmarks.contest import table, take_turns
 from benchmarks.detection import finish
 from benchmarks.export import compile_frozen
 from serving.runtime import usable_cores

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from backbones.arithmetic import tensor_float32
+from backbones.arithmetic import autocast, tensor_float32
 from backbones.distributed import collect, gather, is_main, world_size
 from backbones.engine import to_device
 from backbones.errors import InputError
@@ -80,7 +80,7 @@ def train_one_epoch(
     for count, (images, targets) in enumerate(bar, start=1):
         step, whole = (count - 1) // accumulate, count % accumulate == 0
         with no_sync(model, apart=not whole):
-            with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
+            with autocast(device, amp):
                 losses = model(
                     [to_image(to_device(image, device)) for image in images],
                     [{key: to_device(value, device) for key, value in target.items()} for target in targets],
@@ -166,7 +166,7 @@ def _evaluate(
     divisor = int(model.transform.size_divisible)
 
     def forward(images: Any) -> list[dict[str, Tensor]]:
-        with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else None, enabled=amp):
+        with autocast(device, amp):
             pixels = [torch.from_numpy(fitted.pixels.copy()) for fitted in images]  # Pillow's arrays are read-only
             outputs = model([to_image(one.to(device)) for one in pixels])
         return [{key: value.cpu() for key, value in output.items()} for output in outputs]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from backbones.checkpoint import pick_device
+from backbones.checkpoint import device_name, pick_device
 from backbones.distributed import everywhere, is_main, on_main, rank, world_size
 from backbones.errors import InputError
 from backbones.files import check_writable, sha256, versions, write_aside, write_json
@@ -66,7 +66,7 @@ def run_eval(config: DetectorConfig, device: torch.device | None = None) -> dict
         "data": config.data.model_dump(),
         "metric": config.metric,
         "amp": config.amp,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": device_name(device),
         "processes": world_size(),
         "seconds": round(seconds, 3),
         "images_per_second": round(len(dataset.records) / seconds, 2),

@@ -39,6 +39,7 @@ METRICS = {"classification": "top1", "detection": "AP50"}
 CHECKPOINT, ARTIFACT, INT8 = "checkpoint, PyTorch", "artefact", "INT8 artefact, on the CPU"
 ENDPOINT, BATCH = "endpoint, Ray Serve", "batch job, Ray Data"
 VERSIONS = ("cspnet", "torch", "torchvision", "onnxruntime-gpu", "ray", "pillow", "numpy")
+DATA = "give a config, a folder of classes' folders, or COCO annotations (.json)"
 NAME = "model"  # of the artefact, where it is served
 
 
@@ -69,6 +70,8 @@ def run_prove(
         Disagreement: two places part; the table is there all the same.
         InputError: weights or data that are missing or do not fit.
     """
+    if not Path(data).exists():
+        raise InputError(f"no data at {data}: {DATA}")
     check_writable(output)
     folder, local = Path(output), resolve(weights, get_variant(model)[0] if model else None)
     artifact, int8 = folder / "model.onnx", folder / "model.int8.onnx"
@@ -120,7 +123,7 @@ def _config(weights: Path, artifact: Artifact, data: str, images: str | None, fo
             raise InputError(f"{data} is for detectors, and {weights} holds a classifier: give a folder, or a config")
         values["data"] = {"annotations": data, "images": images or str(Path(data).parent / "images")}
     else:
-        raise InputError(f"no data at {data}: give a config, a folder of classes' folders, or COCO annotations (.json)")
+        raise InputError(f"{data} is no data set: {DATA}")
     config = folder / "config.yaml"
     with write_aside(config) as aside:
         aside.write_text(yaml.safe_dump(values, sort_keys=False))

@@ -25,6 +25,7 @@ from serving.artifact import Artifact, read_artifact
 from serving.evaluate import ArtifactSource
 from serving.jobs.results import Row
 from serving.predictor import Classification, Detections
+from serving.proof import measure
 from serving.proof.agreement import Agreement, Bond, Disagreement, parting
 from serving.proof.memory import PeakMemory
 from serving.proof.table import NEARLY
@@ -188,12 +189,15 @@ def test_peak_memory_of_children(tmp_path) -> None:
     assert peak.bytes is not None and 200e6 < peak.bytes < 400e6
 
 
-def test_what_is_no_data_for_the_weights(exported, tmp_path) -> None:
+def test_what_is_no_data_for_the_weights(exported, nowhere, tmp_path) -> None:
     weights = str(exported("classifier").with_name("w.safetensors"))
-    (tmp_path / "coco.json").write_text("{}")
-    for data, words in (("nowhere", "no data at nowhere"), (str(tmp_path / "coco.json"), "holds a classifier")):
+    for name, words in (("coco.json", "holds a classifier"), ("data.zip", "data.zip is no data set: give a config")):
+        (tmp_path / name).write_text("{}")
         with pytest.raises(InputError, match=words):
-            run_prove(weights, data, output=str(tmp_path / "out"))
+            run_prove(weights, str(tmp_path / name), output=str(tmp_path / "out"))
+    nowhere.setattr(prove, "run_export", lambda *_, **__: pytest.fail("it was exported first"))
+    with pytest.raises(InputError, match="no data at nowhere"):
+        run_prove(weights, "nowhere", output=str(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +231,13 @@ def exported_before(weights: str, artifact: Path, model: str | None) -> Artifact
 
 @pytest.fixture
 def nowhere(monkeypatch) -> pytest.MonkeyPatch:
-    """No export, service or batch job, which take minutes: in their places the artefact, or what a test puts there."""
+    """Nothing that takes minutes: for service and batch job the artefact, or what a test puts there, for the INT8
+    artefact a copy of it, and no process for a place.
+    """
     monkeypatch.setattr(prove, "run_export", exported_before)
+    monkeypatch.setattr(prove, "_quantize", lambda artifact, int8, *_: shutil.copy(artifact, int8) and None)
+    monkeypatch.setattr(prove, "alone", lambda work: work())
+    monkeypatch.setattr(prove, "measure_alone", measure._measure_here)
     monkeypatch.setattr(prove, "start", lambda config, _: nullcontext(SimpleNamespace(url=config.models[0].artifact)))
     monkeypatch.setattr(prove, "EndpointSource", lambda url: ArtifactSource(Path(url).parents[2], "cpu"))
     monkeypatch.setattr(prove, "BatchSource", lambda artifact, *_: ArtifactSource(artifact, "cpu"))
@@ -237,7 +246,7 @@ def nowhere(monkeypatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.slow
 def test_one_number_of_a_detector(exported, nowhere, tmp_path) -> None:
-    """Its service and job are held against the artefact in test_serving_evaluate.py."""
+    """Its service and job are held against the artefact in test_serving_evaluate.py, its INT8 in _quantize.py."""
     draw_detection(tmp_path, {"train": 3, "val": 5}, seed=1, size=160)
     artifact, images = exported("fcos"), tmp_path / "val"
     data, calibration = annotate(tmp_path, artifact), str(tmp_path / "train")
@@ -277,7 +286,6 @@ def test_one_number(exported, shapes, tmp_path, capsys) -> None:
 def test_an_endpoint_that_answers_otherwise_fails_the_command(exported, shapes, nowhere, tmp_path) -> None:
     """One that resizes in another way."""
     nowhere.setattr(prove, "EndpointSource", lambda _: Changed(tmp_path / "model.onnx", by_nearest))
-    nowhere.setattr(prove, "_quantize", lambda *_: "not in this test")
     with pytest.raises(Disagreement, match="endpoint, Ray Serve and artefact part at resize"):
         run_prove(str(exported("classifier").with_name("w.safetensors")), str(shapes), output=str(tmp_path))
     assert json.loads((tmp_path / "prove.json").read_text())["places"][ENDPOINT]["agrees"] is False

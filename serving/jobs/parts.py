@@ -109,7 +109,7 @@ class Output:
         if path.exists():
             before = read_json(path)
             for key in before | job:
-                if json.dumps(before.get(key)) != json.dumps(job[key]):
+                if json.dumps(before.get(key)) != json.dumps(job.get(key)):
                     raise InputError(
                         f"{self.folder} holds results of another {key}, {short(before.get(key))} and not "
                         f"{short(job.get(key))}: name another output, or remove this one"
