@@ -15,6 +15,7 @@ from backbones.errors import InputError, unknown
 from backbones.preprocess import ImageError
 
 T = TypeVar("T")
+LESS = "send less at once, or raise max_body_bytes"
 RETRY_AFTER_S = 1
 OVERLOADED = "overloaded, the queue is full: try again"
 _RAY_SAYS = {  # Ray's own refusals, in words that help a client
@@ -80,7 +81,7 @@ def allow(request: Request, *methods: str) -> None:
         raise Refusal(405, f"{request.method} is not for {request.url.path}: use {names}", {"Allow": names})
 
 
-def too_large(limit: int, remedy: str = "send less at once, or raise max_body_bytes") -> Refusal:
+def too_large(limit: int, remedy: str = LESS) -> Refusal:
     return Refusal(413, f"the body is over {limit} bytes: {remedy}")
 
 
@@ -96,16 +97,16 @@ async def read_body(request: Request, limit: int, what: str = "the bytes of a JP
     return body
 
 
-async def read_whole_body(request: Request, limit: int, *remedy: str) -> bytes:
-    """The whole body, given up as soon as it is known to pass `limit` bytes, with a remedy of its own for that."""
+async def read_whole_body(request: Request, limit: int, remedy: str = LESS) -> bytes:
+    """The whole body, given up as soon as it is known to pass `limit` bytes."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
-        raise too_large(limit, *remedy)
+        raise too_large(limit, remedy)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            raise too_large(limit, *remedy)
+            raise too_large(limit, remedy)
     return bytes(body)
 
 
