@@ -174,7 +174,7 @@ def _clear(output: Path, resume: bool) -> None:
     numbers = itertools.count(1)
     place = next(place for place in (output / f"previous-{number}" for number in numbers) if not place.exists())
     place.mkdir()
-    for name in there:  # last.pt, by which a run is known, is the last
+    for name in there:
         (output / name).rename(place / name)
     print(f"{output} held another run without resume=true: its files are now in {place}", flush=True)
 

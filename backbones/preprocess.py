@@ -171,6 +171,9 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+_HAVE_EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # what Pillow reads it from
+
+
 def upright_size(path: Path) -> tuple[tuple[int, int], int]:
     """Height and width of an image file as `decode` turns it, from its header alone, and its EXIF orientation, 1 to 8.
 
@@ -180,7 +183,7 @@ def upright_size(path: Path) -> tuple[tuple[int, int], int]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             # a PNG's EXIF block may follow its pixels, and Pillow would decode them to look for it
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            exif = image.getexif() if image.format != "PNG" or _HAVE_EXIF & image.info.keys() else {}
             orientation = exif.get(ExifTags.Base.Orientation, 1)
             on_its_side = orientation in (5, 6, 7, 8)
             return (image.width, image.height) if on_its_side else (image.height, image.width), orientation

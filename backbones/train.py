@@ -47,9 +47,10 @@ def run_train(config: ClassifierConfig) -> dict[str, Any]:
 
 def _train(config: ClassifierConfig, device: torch.device) -> dict[str, Any]:
     train = config.train
-    on_main(check_writable, config.output)
     augment = _augment(config)
     weights = _weights(config)
+    if not config.resume:
+        on_main(check_writable, config.output)
     training_set, held_out, classes = _data(config, augment, weights)
     plan = Plan(train, len(training_set), config.data.batch_size, config.seed)
     seed_everything(config.seed)

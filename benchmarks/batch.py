@@ -3,8 +3,8 @@
     python -m benchmarks.batch [--models cspresnet50 …] [--images 512] [--rounds 3] [--seconds 8] [--actors 1 2]
         [--json FILE]
 
-Side by side in one run: in every round the loops and the job have their turns on the same JPEG files, each first in
-turn, and the ratios are medians over the rounds. The loops are one process without Ray, which each job starts and ends:
+Side by side in one run: in every round the loops and the job have their turns on the same JPEG files, another first in
+each, and the ratios are medians over the rounds. The loops are one process without Ray, which each job starts and ends:
 one image after the other; threads that decode ahead of batches of 1 or 8; or a thread a core that does all of an image
 in a session of one thread. The job is held against the best of these, and against the best of PyTorch's DataLoader,
 whose workers decode for a session on all cores in batches of 8. All sessions have the job's settings. A loop has
@@ -115,8 +115,8 @@ def race(name: str, root: Path, args: argparse.Namespace) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {key: [] for key in turns}
     starts: dict[str, list[float]] = {}
     for turn in range(args.rounds):
-        keys = list(turns)
-        for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
+        keys, first = list(turns), turn * len(turns) // args.rounds
+        for key in keys[first:] + keys[:first]:
             speed, start = turns[key]()
             speeds[key].append(speed)
             if start is not None:

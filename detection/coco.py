@@ -29,7 +29,7 @@ class Record:
 
     image_id: int
     path: Path
-    size: tuple[int, int] | None  # height, width; of an image without objects None, if the file does not say them
+    size: tuple[int, int] | None  # height, width, if the file says them
     boxes: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     segmentations: tuple[Segmentation | None, ...] | None = None  # K, if they were asked for; None where unusable
@@ -103,11 +103,10 @@ def read_coco(
             raise InputError(f"{annotations} lists {image['file_name']}, which is not in {images}")
         size = (image["height"], image["width"]) if image.get("height") and image.get("width") else None
         objects = of_image.pop(image["id"])
-        if objects and size is None:
-            size = upright_size(path)[0]
-        boxes, kept = _clean(objects, size, dataset.cleaned)
+        within = size or (upright_size(path)[0] if objects else None)
+        boxes, kept = _clean(objects, within, dataset.cleaned)
         labels = np.array([label_of[annotation["category_id"]] for annotation in kept], np.int64)
-        segmentations = _segmentations(kept, size, dataset.cleaned) if masks else None
+        segmentations = _segmentations(kept, within, dataset.cleaned) if masks else None
         dataset.records.append(Record(image["id"], path, size, boxes, labels, segmentations))
     if masks and not any(one is not None for record in dataset.records for one in record.segmentations or ()):
         raise InputError(f"{annotations} has no segmentations to learn masks from: choose a detector without masks")

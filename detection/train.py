@@ -103,7 +103,6 @@ def _train(config: DetectorConfig, device: torch.device) -> dict[str, Any]:
 
 def _check(config: DetectorConfig, device: torch.device) -> None:
     """Say mistakes that cost nothing to find before the data is read, which may take minutes; fetch the weights."""
-    on_main(check_writable, config.output)
     spec = spec_of(config, num_classes=2)
     if spec.norm == "sync" and device.type == "cpu":
         raise InputError("norm=sync works on GPUs alone: give norm=batch or norm=group, or device=cuda")
@@ -112,6 +111,7 @@ def _check(config: DetectorConfig, device: torch.device) -> None:
     if config.resume:
         find_checkpoint(config)
     else:
+        on_main(check_writable, config.output)
         on_main(fetch_weights, config, True)
 
 

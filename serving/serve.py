@@ -56,7 +56,7 @@ class RunningService:
                 goes on.
         """
         from serving.service.applications import build
-        from serving.service.rollout import check_unchanged, roll_out
+        from serving.service.rollout import check_unchanged, delete, roll_out
 
         began = self._began_with
         grpc_port = began.grpc_port if config.grpc_port == 0 else config.grpc_port
@@ -66,7 +66,9 @@ class RunningService:
             _check_gpus(config)
         applications = build(config)
         roll_out(self._applications, applications, config.start_timeout_s)
+        gone = {a.name for a in self._applications} - {a.name for a in applications}
         self._applications[:] = applications  # in place: `stop` has the list
+        delete(sorted(gone))
 
     def stop(self) -> None:
         """End every process of the service, or on a cluster delete its applications; harmless when repeated."""
@@ -109,7 +111,7 @@ def _update(service: RunningService, load: Callable[[], ServingConfig]) -> None:
         print(f"not rolled out, what ran before goes on: {error}", flush=True)
     except Exception as error:  # a defect, or Ray's: no reason to stop what answers
         traceback.print_exc()
-        print(f"not rolled out, what ran before goes on: {type(error).__name__}, see above", flush=True)
+        print(f"the roll-out failed: {type(error).__name__}, see above; the service goes on", flush=True)
     else:
         print(f"rolled out after {time.monotonic() - began:.0f} s", flush=True)
 

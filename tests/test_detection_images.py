@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from shared_data import real
 from test_detection_coco import box, write
 
@@ -67,14 +68,18 @@ def test_a_size_that_contradicts_the_annotations_is_an_error(tmp_path):
 
 def test_aspect_ratios_come_from_the_annotations_or_the_header(tmp_path):
     images = [{"id": 1, "file_name": "a.png", "width": 300, "height": 100}]
-    images += [{"id": i + 2, "file_name": name} for i, name in enumerate(("b.png", "turned.jpg", "turned.png"))]
+    names = ("b.png", "turned.jpg", "turned.png", "magick.png")
+    images += [{"id": i + 2, "file_name": name} for i, name in enumerate(names)]
     root, annotations = write(tmp_path / "d", images=images)
-    for name in ("turned.jpg", "turned.png"):
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        Image.new("RGB", (120, 90)).save(tmp_path / "d" / name, exif=exif)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = PngInfo()  # as ImageMagick writes it
+    profile.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n")
+    for name in names[1:]:
+        how = {"pnginfo": profile} if name == "magick.png" else {"exif": exif}
+        Image.new("RGB", (120, 90)).save(tmp_path / "d" / name, **how)
         assert upright_size(tmp_path / "d" / name) == (decode(tmp_path / "d" / name).size[::-1], 6)
-    assert aspect_ratios(read_coco(root, annotations)) == [3, 120 / 90, 90 / 120, 90 / 120]
+    assert aspect_ratios(read_coco(root, annotations)) == [3, 120 / 90, 90 / 120, 90 / 120, 90 / 120]
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ImageError, match="broken.jpg cannot be read"):
         upright_size(tmp_path / "broken.jpg")

@@ -27,9 +27,11 @@ from serving.jobs.results import Row
 from serving.predictor import Classification, Detections
 from serving.proof import measure
 from serving.proof.agreement import Agreement, Bond, Disagreement, parting
+from serving.proof.measure import Scoring
 from serving.proof.memory import PeakMemory
 from serving.proof.table import NEARLY
 from serving.prove import ARTIFACT, BATCH, CHECKPOINT, ENDPOINT, INT8, run_prove
+from serving.quantize import calibration_images
 from serving.sessions.providers import driver_problem
 from serving.shapes import draw_classification, draw_detection
 
@@ -229,13 +231,20 @@ def exported_before(weights: str, artifact: Path, model: str | None) -> Artifact
     return read_artifact(artifact)[0]
 
 
+def not_quantized(artifact: Path, int8: Path, scoring: Scoring, calibration: str | None) -> None:
+    metadata = read_artifact(artifact)[0]
+    sources, where = calibration_images(scoring.config, scoring.overrides, metadata, calibration, None)
+    assert sources and where == (calibration or where)
+    shutil.copy(artifact, int8)
+
+
 @pytest.fixture
 def nowhere(monkeypatch) -> pytest.MonkeyPatch:
     """Nothing that takes minutes: for service and batch job the artefact, or what a test puts there, for the INT8
     artefact a copy of it, and no process for a place.
     """
     monkeypatch.setattr(prove, "run_export", exported_before)
-    monkeypatch.setattr(prove, "_quantize", lambda artifact, int8, *_: shutil.copy(artifact, int8) and None)
+    monkeypatch.setattr(prove, "_quantize", not_quantized)
     monkeypatch.setattr(prove, "alone", lambda work: work())
     monkeypatch.setattr(prove, "measure_alone", measure._measure_here)
     monkeypatch.setattr(prove, "start", lambda config, _: nullcontext(SimpleNamespace(url=config.models[0].artifact)))

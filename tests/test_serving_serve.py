@@ -15,7 +15,7 @@ from backbones.config import load_config
 from backbones.errors import InputError
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
-from serving.serve import start
+from serving.serve import _update, start
 from serving.service import environment
 from serving.service.environment import find_haproxy
 from serving.service.rollout import reason
@@ -121,6 +121,17 @@ def test_a_service_that_asks_for_keys(tmp_path: Path, monkeypatch: pytest.Monkey
         answers_after = [http.get("/v2/models/model", headers={"X-API-Key": key}) for _ in range(12)]
         limited = [answer for answer in answers_after if answer.status_code == 429]
         assert limited and limited[0].headers["retry-after"] == "1"
+
+
+def test_a_defect_in_a_roll_out_ends_no_service(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken:
+        def update(self, config: object) -> None:
+            raise TimeoutError("Ray did not answer")
+
+    _update(Broken(), lambda: None)  # type: ignore[arg-type, return-value]
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "the roll-out failed: TimeoutError, see above; the service goes on"
+    assert "Ray did not answer" in said.err
 
 
 def test_keys_that_are_not_there_are_told_before_ray_starts(tmp_path: Path) -> None:

@@ -71,10 +71,11 @@ def check_unchanged(old: ServingConfig, new: ServingConfig) -> None:
 def roll_out(old: Sequence["ServedApplication"], new: Sequence["ServedApplication"], timeout_s: float) -> None:
     """Put new applications in place of old ones, which answer until the new ones do.
 
-    Those that are added come first and those that are gone go last: whoever is handed a request is there.
+    Those that are added come first: whoever is handed a request is there. The caller deletes those that are gone.
 
     Raises:
-        InputError: a model's task would change, or a replica does not start; the old ones are back.
+        InputError: a model's task would change, or a replica does not start; the old ones are back, as they are after
+            any other error.
     """
     before = {application.name: application for application in old}
     _check_tasks(before, new)
@@ -85,17 +86,16 @@ def roll_out(old: Sequence["ServedApplication"], new: Sequence["ServedApplicatio
         for stage in (added, [application for application in changed if application.name in before]):
             begun += stage
             deploy(stage, timeout_s)
-    except InputError as error:
+    except Exception as error:
         _put_back(begun, before, timeout_s, error)
         raise
-    delete([name for name in before if name not in {application.name for application in new}])
 
 
 def _put_back(
     begun: Sequence["ServedApplication"],
     before: Mapping[str, "ServedApplication"],
     timeout_s: float,
-    reason: InputError,
+    reason: Exception,
 ) -> None:
     """Ray keeps old replicas when new ones fail, but would start no others in their place."""
     try:
