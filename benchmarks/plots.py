@@ -35,7 +35,7 @@ def draw(module: str, part: str, result: Result, folder: Path) -> Iterator[tuple
             path = folder / f"{part}_{plot.__name__}.svg"
             with write_aside(path) as aside:
                 figure.savefig(aside, format="svg", metadata={"Date": None, "Creator": None})
-        yield path, str(plot.__doc__)
+        yield path, " ".join(str(plot.__doc__).split())
 
 
 def bars(rows: Mapping[str, Mapping[str, float]], label: str, bar_at: float | None = None) -> Figure:
