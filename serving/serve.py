@@ -1,17 +1,14 @@
 """A service on this machine, or on the Ray cluster that RAY_ADDRESS names; no torch here."""
 
 import contextlib
-import io
-import math
 import os
 import queue
 import shutil
 import signal
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,18 +21,13 @@ from serving.ingress.access_log import check_log
 from serving.ingress.grpc import write_frontend
 from serving.ingress.keys import read_keys
 from serving.ingress.listener import PROGRAM, Ingress
-from serving.ray_start import start_ray
-from serving.service import environment
-from serving.service.grpc_service import grpc_options
+from serving.service import cluster, environment
 
 if TYPE_CHECKING:
     from serving.service.applications import ServedApplication
 
 POLL_S = 0.1
-ROOM = 2  # times the CPUs that a config's replicas reserve: new ones start beside the old
 DRAIN_TIMEOUT_S = 5.0  # for what was accepted before a stop
-STOP_TIMEOUT_S = 4.0  # of Serve, without HAProxy; what is left then, Ray's end kills
-DELETE_TIMEOUT_S = 60.0  # of a cluster's applications; what deletes them would join the cluster again after Ray's end
 
 
 class RunningService:
@@ -63,7 +55,7 @@ class RunningService:
         config = _resolved(config, config.port or began.port, grpc_port)
         check_unchanged(began, config)
         if "RAY_ADDRESS" not in os.environ:
-            _check_gpus(config)
+            cluster.check_gpus(config)
         applications = build(config)
         roll_out(self._applications, applications, config.start_timeout_s)
         gone = {a.name for a in self._applications} - {a.name for a in applications}
@@ -173,14 +165,12 @@ def start(config: ServingConfig, say: Callable[[str], object] | None = None) -> 
         applications = build(config)
         if ray.is_initialized():
             raise InputError("Ray already runs in this process: stop the other service or job first")
-        undo.callback(_stop, None if local else applications, drained=binary is not None)
+        undo.callback(cluster.stop, None if local else applications, drained=binary is not None)
         if binary is None:
             listener.close()  # Ray's own proxy binds the port
         else:
             undo.callback(Ingress(listener, scratch, binary, frontends).drain, DRAIN_TIMEOUT_S)
-        with _own_sigterm():
-            _start_ray(config, local)
-        _start_serve(config, ray_grpc_port)
+        cluster.start(config, local, ray_grpc_port)
         deploy(applications, config.start_timeout_s, began)
         host = f"[{config.host}]" if ":" in config.host else config.host
         url = f"http://{host}:{config.port}"
@@ -198,88 +188,6 @@ def _resolved(config: ServingConfig, port: int, grpc_port: int | None) -> Servin
     """With the ports that it serves at, and absolute paths."""
     models = tuple(model.resolved() for model in config.models)
     return config.model_copy(update={"models": models, "port": port, "grpc_port": grpc_port})
-
-
-def _stop(applications: Sequence["ServedApplication"] | None, drained: bool) -> None:
-    """Leave Ray, and on this machine end it; on a cluster delete these applications first.
-
-    Args:
-        drained: what was accepted is answered, or has had its time; Serve need not end before Ray does.
-    """
-    import ray
-
-    if ray.is_initialized():
-        if not drained:
-            _end_serve(applications)
-        ray.shutdown()
-
-
-def _end_serve(applications: Sequence["ServedApplication"] | None) -> None:
-    from ray import serve
-    from ray.exceptions import RayError
-
-    def end() -> None:
-        with contextlib.suppress(RayError, SystemExit):  # a controller that never came up; or Ray, shut down meanwhile
-            if applications is None:
-                serve.shutdown()
-            for application in applications or ():
-                serve.delete(application.name)
-
-    with contextlib.redirect_stdout(io.StringIO()):  # Ray says that its controller died; so it should
-        thread = threading.Thread(target=end, daemon=True)
-        thread.start()
-        thread.join(STOP_TIMEOUT_S if applications is None else DELETE_TIMEOUT_S)
-
-
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep our handler, if there is one: with Ray's, this process would end and its others stay."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _start_ray(config: ServingConfig, local: bool) -> None:
-
-    if not local:
-        start_ray()
-        return
-    # What replicas reserve is a count, not cores: two models fit on a machine with one core, and a job in
-    # this process beside them.
-    reserved = sum(math.ceil(model.num_cpus) * model.max_replicas * len(model.served) for model in config.models)
-    try:
-        start_ray(address="local", num_cpus=(os.cpu_count() or 1) + ROOM * reserved)
-    except Exception as error:  # Ray raises no class of its own when its node does not come up in time
-        raise InputError(
-            f"Ray did not start ({str(error).splitlines()[0]}): is the machine overloaded? try again"
-        ) from error
-    _check_gpus(config)
-
-
-def _check_gpus(config: ServingConfig) -> None:
-    """Of this machine, which gets no more of them; a cluster may."""
-    import ray
-
-    wanted = sum(model.num_gpus * model.max_replicas * len(model.served) for model in config.models)
-    found = ray.cluster_resources().get("GPU", 0)
-    if wanted > found:
-        raise InputError(f"the models ask for {wanted:g} GPUs and Ray finds {found:g}: lower num_gpus or replicas")
-
-
-def _start_serve(config: ServingConfig, grpc_port: int | None) -> None:
-    from ray import serve
-    from ray.exceptions import RayError
-
-    from serving.service.rollout import quiet
-
-    options = {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s}
-    grpc = None if grpc_port is None else grpc_options(grpc_port, config.request_timeout_s)
-    try:
-        serve.start(http_options=options, grpc_options=grpc, logging_config=quiet())
-    except (RayError, TimeoutError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"Ray Serve did not start ({reason}): is the machine overloaded? try again") from None
 
 
 def _wait_until_answering(url: str, key: str | None, config: ServingConfig, deadline: float) -> None:
