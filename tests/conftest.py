@@ -1,7 +1,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,20 +29,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker takes a file's tests, which share fixtures, or those of a family's artefact; files on Ray, which take
-    longest, come first.
-    """
-    items.sort(key=lambda item: item.path.stem not in ON_RAY)
+    """One worker takes a file's tests, which share fixtures; one those on Ray; and one those of a family's artefact."""
     for item in items:
-        group = item.path.stem
+        group = "ray" if item.path.stem in ON_RAY else item.path.stem
         if isinstance(item, pytest.Function) and "exported" in item.fixturenames and hasattr(item, "callspec"):
             group = item.callspec.params.get("family", group)
         item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _alike() -> Iterator[None]:
+    """Each test begins alike, whatever those before it in this worker did: same seed, same number of threads."""
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -67,14 +67,17 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def logged() -> Iterator[list[str]]:
-    """What the module logs, warnings and above; Ray may have taken its logger's propagation."""
+    """What the module logs, warnings and above; a service of an earlier test may have changed its logger."""
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("ray.serve")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> Path:
