@@ -36,7 +36,7 @@ from backbones.cli import at_least
 from backbones.errors import exit_on_input_error
 from backbones.files import list_images, versions, write_json
 from benchmarks import bare
-from benchmarks.contest import table
+from benchmarks.contest import table, with_spread
 from benchmarks.export import random_classifier, random_detector
 from detection.names import is_detector
 from serving.artifact import Artifact, read_whole
@@ -230,8 +230,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows = []
     for name, figures in result["models"].items():
         for key, ratio in figures["over_the_loop"].items():
-            low, high = figures["spread"][key]
-            ratios = f"{ratio:.2f} ({low:.2f}…{high:.2f})", f"{figures['over_the_loader'][key]:.2f}"
+            ratios = with_spread(ratio, *figures["spread"][key]), f"{figures['over_the_loader'][key]:.2f}"
             rows.append([name, key, f"{figures['images_per_s'][key]:.1f}", *ratios, f"{figures['start_s'][key]:.1f}"])
         best = figures["best_loop"]
         rows.append([name, best, f"{figures['images_per_s'][best]:.1f}", "1", "–", "–"])

@@ -62,8 +62,11 @@ def ratio(turns: dict[str, Any], other: str) -> str:
     """The first's speed over another's with the spread, of what `take_turns` gave; a dash for who was not there."""
     if other not in turns["ours_over"]:
         return "–"
-    low, high = turns["spread"][other]
-    return f"{turns['ours_over'][other]:.2f} ({low:.2f}…{high:.2f})"
+    return with_spread(turns["ours_over"][other], *turns["spread"][other])
+
+
+def with_spread(middle: float, low: float, high: float) -> str:
+    return f"{middle:.2f} ({low:.2f}…{high:.2f})"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:

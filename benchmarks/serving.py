@@ -37,7 +37,7 @@ from backbones.errors import exit_on_input_error
 from backbones.files import versions, write_json
 from backbones.preprocess import ClassifierPreprocess
 from benchmarks import bare, servers
-from benchmarks.contest import table
+from benchmarks.contest import table, with_spread
 from benchmarks.export import random_classifier, random_detector
 from benchmarks.load import load
 from serving.artifact import ClassifierArtifact, Parity, write_artifact
@@ -210,7 +210,7 @@ def bare_table(rounds: Figures) -> list[str]:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}…{max(values):.2f})"
+    return with_spread(statistics.median(values), min(values), max(values))
 
 
 def peers_table(rounds: Figures) -> list[str]:

@@ -137,10 +137,8 @@ def test_two_processes_are_one_with_double_the_batch(data, runs, tmp_path):
 
 
 def test_two_processes_evaluate_as_one(data, runs, tmp_path):
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two have: sums of another number of threads differ in the last bits
     one = run_eval(load_config(DetectorConfig, CONFIG, [*data, *EVALUATED, f"output={tmp_path}"]))
-    torch.set_num_threads(threads)
     two = json.loads((runs / "two" / "eval.json").read_text())
     assert two["processes"] == 2
     assert {name: two[name] for name in FIGURES} == {name: one[name] for name in FIGURES}
