@@ -23,6 +23,7 @@ from services import within
 from benchmarks import clients, hostile
 from benchmarks.clients import Question
 from benchmarks.processes import Process, memory_mb, tree
+from benchmarks.stress import VICTIMS
 from serving.api.schemas import classify_answer, detect_answer
 from serving.client import Client
 from serving.config import ServedModel, ServingConfig
@@ -125,19 +126,14 @@ def _one(pattern: str, root: int) -> Process:
     return found[-1]
 
 
-@pytest.mark.parametrize("name", ["replica", "HAProxy", "proxy actor"])
+@pytest.mark.parametrize("name", VICTIMS)
 def test_killed_under_load(service: Command, questions: list[Question], name: str) -> None:
-    pattern = {
-        "replica": "^ray::ServeReplica:classifier",
-        "HAProxy": "haproxy -db",
-        "proxy actor": "^ray::HAProxyManager",
-    }
     with (
         clients.bare(service.url, questions, BARE) as bare,
         clients.library(service.url, questions, WITH_RETRIES) as library,
     ):
         time.sleep(1)
-        killed = _one(pattern[name], service.process.pid)
+        killed = _one(VICTIMS[name], service.process.pid)
         assert not bare.failures() and bare.outcomes
         moment = time.monotonic()
         os.kill(killed.pid, signal.SIGKILL)
@@ -146,7 +142,7 @@ def test_killed_under_load(service: Command, questions: list[Question], name: st
         while not (successor and bare.rate(time.monotonic() - 1, time.monotonic()) > 0):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-            running = [p for p in tree(service.process.pid) if re.search(pattern[name], p.command())]
+            running = [p for p in tree(service.process.pid) if re.search(VICTIMS[name], p.command())]
             successor = any(process.begin > killed.begin for process in running)
     assert not library.failures()
     lost = [outcome for outcome in bare.since(moment) if outcome.what != "ok"]
